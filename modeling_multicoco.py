@@ -162,9 +162,9 @@ def check_images(
             if filled != run:
                 raise ValueError(
                     f"Sample {sample}: `input_ids` holds a run of {run} {IMAGE_CONTEXT_TOKEN} tokens, but its tiles "
-                    f"in `num_patches_list` ({list(num_patches_list[first:image])} from image {first} on) give {filled} "
-                    f"visual features ({num_image_token} per tile). Order the tiles as the images stand in the batch. "
-                    f"{cure}"
+                    f"in `num_patches_list` ({list(num_patches_list[first:image])} from image {first} on) give "
+                    f"{filled} visual features ({num_image_token} per tile). Order the tiles as the images stand in "
+                    f"the batch. {cure}"
                 )
     if image != len(num_patches_list):
         raise ValueError(
@@ -432,10 +432,11 @@ class InternVLChatModel(InternVLForConditionalGeneration):
         return self._answer(tokenizer, prompts, pixel_values, num_patches_list, generation_config)
 
     def _chat_prompts(self, tokenizer, conversations, num_patches_list, num_thoughts) -> list[str]:
-        if tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT_TOKEN) != self.config.image_token_id:
+        image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT_TOKEN)
+        if image_token_id != self.config.image_token_id:
             raise ValueError(
-                f"`config.image_token_id` is {self.config.image_token_id}, but `tokenizer` gives {IMAGE_CONTEXT_TOKEN} "
-                f"the id {tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT_TOKEN)}. Use the tokenizer of the checkpoint."
+                f"`config.image_token_id` is {self.config.image_token_id}, but `tokenizer` gives "
+                f"{IMAGE_CONTEXT_TOKEN} the id {image_token_id}. Use the tokenizer of the checkpoint."
             )
         block = self._thought_block(num_thoughts)
         prompts, first = [], 0

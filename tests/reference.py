@@ -1,0 +1,145 @@
+"""The plain definition that every fast path is compared with: no cache, no padding, one sample at a time.
+
+A thought is computed by running the whole prefix again. Images are placed by a loop over positions. Nothing here calls
+the code under test; it uses the same modules (tower, projector, language model, head) in the slowest, plainest way.
+"""
+
+import contextlib
+
+import torch
+
+
+@contextlib.contextmanager
+def widened():
+    """
+    Keeps float64 where transformers casts to float32 inside: norms, eager softmax, loss. The rotary table stays as it
+    is. Run forward *and* backward inside, as a checkpointed layer is computed again in the backward.
+    """
+    to, to_float, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
+
+    def wide_to(tensor, *args, **kwargs):
+        narrows = any(arg is torch.float32 for arg in (*args, kwargs.get("dtype")))
+        return tensor if narrows and tensor.dtype == torch.float64 else to(tensor, *args, **kwargs)
+
+    def wide_float(tensor, *args, **kwargs):
+        is_table = tensor.shape[-1:] == (1,)  # the frequencies of the rotary table
+        return tensor if tensor.dtype == torch.float64 and not is_table else to_float(tensor, *args, **kwargs)
+
+    def wide_softmax(tensor, *args, **kwargs):
+        if tensor.dtype == torch.float64:
+            kwargs.pop("dtype", None)
+        return softmax(tensor, *args, **kwargs)
+
+    torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax = wide_to, wide_float, wide_softmax
+    try:
+        yield
+    finally:
+        torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax = to, to_float, softmax
+
+
+def split_rows(batch):
+    """Each row without its padding, with the tiles of its own images: a list of batches of one."""
+    tiles = iter(batch.get("num_patches_list") or [])
+    rows, first = [], 0
+    for ids, mask, labels, counts in zip(
+        batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], batch["images"], strict=True
+    ):
+        num_tiles = sum(next(tiles) for _ in counts)
+        pixel_values = batch["pixel_values"][first : first + num_tiles] if num_tiles else None
+        rows.append({"input_ids": ids[mask], "labels": labels[mask], "pixel_values": pixel_values})
+        first += num_tiles
+    return rows
+
+
+def reference_embeds(model, input_ids, pixel_values, edit_thoughts=None, upto=None):
+    """(T, D) input embeddings of one unpadded sample with its image features and its thoughts filled in."""
+    embeds = list(model.get_input_embeddings()(input_ids))
+    if pixel_values is not None:
+        features = [model.get_image_features(tile[None], return_dict=True).pooler_output[0] for tile in pixel_values]
+        features = iter(torch.cat(features))
+        embeds = [
+            next(features) if token == model.config.image_token_id else embed
+            for token, embed in zip(input_ids.tolist(), embeds, strict=True)
+        ]
+    thoughts = []
+    for position, token in enumerate(input_ids.tolist()):
+        if token == model.config.latent_token_id:
+            prefix = torch.stack(embeds[:position])[None]
+            thought = model.model.language_model(inputs_embeds=prefix, use_cache=False).last_hidden_state[0, -1]
+            if edit_thoughts is not None:
+                thought = edit_thoughts(thought[None], len(thoughts))[0]
+            thoughts.append(thought)
+            embeds[position] = thought
+    return torch.stack(embeds), thoughts
+
+
+def reference_logits(model, input_ids, pixel_values, edit_thoughts=None):
+    """(T, V) logits and the list of thoughts of one unpadded sample."""
+    embeds, thoughts = reference_embeds(model, input_ids, pixel_values, edit_thoughts)
+    hidden = model.model.language_model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0]
+    return model.lm_head(hidden), thoughts
+
+
+def reference_loss(model, batch, edit_thoughts=None):
+    """Mean of the negative log-likelihood over all labels of the batch."""
+    total, count = 0.0, 0
+    for row in split_rows(batch):
+        logits, _ = reference_logits(model, row["input_ids"], row["pixel_values"], edit_thoughts)
+        logprobs = logits.log_softmax(dim=-1)
+        for position, label in enumerate(row["labels"].tolist()):
+            if label != -100 and position > 0:
+                total = total - logprobs[position - 1, label]
+                count += 1
+    return total / count
+
+
+def reference_generate(model, input_ids, pixel_values, max_new_tokens, suppress=(), eos=()):
+    """Greedy new tokens of one sample; the whole sequence is run again for every token."""
+    embeds, _ = reference_embeds(model, input_ids, pixel_values)
+    new_tokens = []
+    for _ in range(max_new_tokens):
+        hidden = model.model.language_model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0, -1]
+        scores = model.lm_head(hidden)
+        scores[list(suppress)] = -torch.inf
+        new_tokens.append(int(scores.argmax()))
+        if new_tokens[-1] in eos:
+            break
+        token = torch.tensor(new_tokens[-1:], device=input_ids.device)
+        embeds = torch.cat([embeds, model.get_input_embeddings()(token)])
+    return new_tokens
+
+
+def loss_and_grads(model, loss_fn):
+    """The loss and the gradient of every parameter that has one."""
+    model.zero_grad(set_to_none=True)
+    with widened():
+        loss = loss_fn()
+        loss.backward()
+    grads = {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return loss.detach(), grads
+
+
+def assert_same_grads(grads, expected, atol=1e-9, ignore_zero=()):
+    """All gradients equal, and the same parameters have one (a gradient of exact zeros counts as none)."""
+    names = {name for name, grad in grads.items() if grad.any()}
+    expected_names = {name for name, grad in expected.items() if grad.any()}
+    assert names == expected_names
+    for name in sorted(names):
+        torch.testing.assert_close(
+            grads[name], expected[name], atol=atol, rtol=1e-9, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@contextlib.contextmanager
+def training(model, checkpointing=False):
+    """The model in training mode, with or without activation checkpointing; as it was afterwards."""
+    model.train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    try:
+        yield model
+    finally:
+        if checkpointing:
+            model.activation_checkpointing_disable()
+        model.eval()
