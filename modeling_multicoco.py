@@ -218,9 +218,7 @@ class InternVLChatModel(InternVLForConditionalGeneration):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.lm_head.weight is not model.get_input_embeddings().weight:
-            model.config.tie_word_embeddings = (
-                False  # the native default is True, and `-hf` files do not say otherwise
-            )
+            model.config.tie_word_embeddings = False  # the native default, True, is also that of `-hf` files
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -324,7 +322,7 @@ class InternVLChatModel(InternVLForConditionalGeneration):
         """
         if input_ids is not None:
             tiles = None
-            if past_key_values is None and mm_encoder_outputs is None:
+            if (past_key_values is None or input_ids.shape[1] > 1) and mm_encoder_outputs is None:
                 pixel_values, tiles = self._check_images(input_ids, pixel_values, image_flags, num_patches_list)
             inputs_embeds = self.fuse(input_ids, pixel_values, tiles, mm_encoder_outputs)
         return super().forward(
@@ -559,7 +557,7 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
         tokens = input_ids if input_ids is not None else inputs_embeds[..., 0]  # (B, T)
 
         # All that the host must know about the batch is read and checked here, before any compute, and not again.
-        columns, numbers, tiles, rows_and_positions = [], None, None, None
+        columns, numbers, tiles = [], None, None
         if past_key_values is None or tokens.shape[1] > 1 or latent_mask is not None:  # not a step of decoding
             if latent_mask is None:
                 latent_mask = self._latent_mask(input_ids)
@@ -569,30 +567,33 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
                 numbers = self._check_thoughts(input_ids, latent_mask, attention_mask)  # (B, T), on the host
                 if self.config.mode != "pause" or edit_thoughts is not None or return_thoughts:
                     columns = numbers.any(dim=0).nonzero().flatten().tolist()
-            if labels is not None:
-                rows_and_positions = (labels[:, 1:].cpu() != -100).nonzero(as_tuple=True)
-                if len(rows_and_positions[0]) == 0 and kwargs.get("num_items_in_batch") is None:
-                    raise ValueError("`labels` are all -100, so there is no loss. Give at least one position a label.")
+        if labels is not None:
+            labelled = [index.to(tokens.device) for index in (labels[:, 1:].cpu() != -100).nonzero(as_tuple=True)]
+            if len(labelled[0]) == 0 and kwargs.get("num_items_in_batch") is None:
+                raise ValueError("`labels` are all -100, so there is no loss. Give at least one position a label.")
         visible = self._visibility(answer_sees, input_ids, latent_mask) if answer_sees != "all" else None
+        position_ids = _positions(position_ids, attention_mask, tokens.shape[1])
+        if columns and _is_2d(attention_mask) and attention_mask.all():
+            attention_mask = None  # without padding the passes use kernels that take no mask
 
         if inputs_embeds is None:
             inputs_embeds = self.fuse(input_ids, pixel_values, tiles, mm_encoder_outputs)  # (B, T, D)
         hidden_states, outputs, thoughts = self._think(
             inputs_embeds,
-            columns,
-            numbers,
-            attention_mask,
-            _positions(position_ids, attention_mask, tokens.shape[1]),
-            past_key_values,
-            use_cache,
-            edit_thoughts,
-            visible,
+            columns=columns,
+            numbers=numbers,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            edit_thoughts=edit_thoughts,
+            visible=visible,
             **kwargs,
         )
 
         loss = logits = None
         if labels is not None:  # logits only where there is a label: (labels, V)
-            rows, positions = (index.to(hidden_states.device) for index in rows_and_positions)
+            rows, positions = labelled
             loss = self.loss_function(
                 logits=self.lm_head(hidden_states[rows, positions]),
                 labels=None,
@@ -642,6 +643,10 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
                 past_key_values = DynamicCache(config=language_model.config)
         past_length = attention_mask.shape[1] - length if _is_2d(attention_mask) else 0
 
+        # transformers asks the device whether a 2D mask has padding, once per pass; a mask made here does not wait.
+        makes_mask = visible is not None or (columns and attention_mask is not None)
+        makes_mask = makes_mask and "flash" not in language_model.config._attn_implementation
+
         cache, outputs, states = past_key_values, [], []
         for start, stop in zip([0, *columns], [*columns, length], strict=True):
             chunk = inputs_embeds[:, start:stop]  # (B, stop - start, D)
@@ -658,7 +663,7 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
                 cache = PassCache(len(language_model.layers), previous=cache)
             mask = attention_mask[:, : past_length + stop] if _is_2d(attention_mask) else attention_mask
             positions = position_ids[:, start:stop] if position_ids is not None else None
-            if visible is not None:
+            if makes_mask:
                 mask = create_causal_mask(
                     config=language_model.config,
                     inputs_embeds=chunk,
@@ -666,6 +671,7 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
                     past_key_values=cache,
                     position_ids=positions,
                     and_mask_function=visible,
+                    allow_is_causal_skip=False,
                 )
             outputs.append(
                 language_model(
