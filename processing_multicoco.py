@@ -262,7 +262,7 @@ class MultiCoCoProcessor(ProcessorMixin):
         text_kwargs, images_kwargs = kwargs["text_kwargs"], kwargs["images_kwargs"]
 
         opened = [
-            _open_image(image, sample, index)
+            open_image(image, sample, index)
             for sample, sample_images in enumerate(nested_images)
             for index, image in enumerate(sample_images)
         ]
@@ -407,7 +407,7 @@ def _nest_images(images, texts: Sequence[str]) -> list[list]:
     return [[next(flat) for _ in range(count)] for count in wanted]
 
 
-def _open_image(image, sample: int, index: int) -> Image.Image:
+def open_image(image, sample: int, index: int) -> Image.Image:
     """Any image that transformers understands, as RGB; transparency is dropped as in InternVL, not laid over white."""
     name = image if isinstance(image, (str, os.PathLike)) else type(image).__name__
     where = f"Sample {sample}, image {index} ({name!s:.200})"
