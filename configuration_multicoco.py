@@ -105,14 +105,16 @@ class MultiCoCoConfig(InternVLConfig):
             )
         vocab_size = self.text_config.vocab_size
         for name, value in ids.items():
-            if value is not None and not 0 <= value < vocab_size:
+            if value is not None and not (_is_int(value) and 0 <= value < vocab_size):
                 raise ValueError(
-                    f"`{name}` must be within the vocabulary of {vocab_size} tokens, got {value}. Let "
+                    f"`{name}` must be an id within the vocabulary of {vocab_size} tokens, got {value!r}. Let "
                     "`add_thought_tokens(model, tokenizer)` add the token and resize the embeddings."
                 )
         for name, least in (("c_thought", 1), ("max_latent_stage", 0), ("stage", 0), ("num_thoughts", 0)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            if value is None and name == "num_thoughts":
+                continue
+            if not _is_int(value) or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
         if self.mode not in MODES:
             raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {self.mode!r}.")
@@ -164,6 +166,10 @@ class MultiCoCoConfig(InternVLConfig):
         return config, kwargs
 
 
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def translate_internvl_chat(original: dict[str, Any], image_token_id: int) -> dict[str, Any]:
     """
     Turns the `config.json` of an original InternVL checkpoint into the fields of [`MultiCoCoConfig`].
@@ -178,6 +184,9 @@ def translate_internvl_chat(original: dict[str, Any], image_token_id: int) -> di
     Raises:
         ValueError: a language model, template or pixel shuffle that transformers' InternVL does not have.
     """
+    for field in ("llm_config", "vision_config"):
+        if not isinstance(original.get(field), dict):
+            raise ValueError(f"`{field}` is {original.get(field)!r}, expected the settings of an InternVL checkpoint.")
     llm, vision = dict(original["llm_config"]), original["vision_config"]
     architecture = (llm.get("architectures") or [None])[0]
     text_model_type = ORIGINAL_TEXT_MODELS.get(architecture)

@@ -642,6 +642,10 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             if use_cache and past_key_values is None:
                 past_key_values = DynamicCache(config=language_model.config)
         past_length = attention_mask.shape[1] - length if _is_2d(attention_mask) else 0
+        num_surplus = 0
+        if _is_sharded(self) and numbers is not None:  # asked before the passes, which gather parameters themselves
+            num_passes = len(columns) + 1
+            num_surplus = _most_of_all_ranks(num_passes, inputs_embeds.device) - num_passes
 
         # transformers asks the device whether a 2D mask has padding, once per pass; a mask made here does not wait.
         makes_mask = visible is not None or (columns and attention_mask is not None)
@@ -685,10 +689,9 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             )
             states.append(outputs[-1].last_hidden_state)
         hidden_states = torch.cat(states, dim=1) if columns else states[0]  # (B, T, D)
-        if _is_sharded(self) and numbers is not None:
-            for _ in range(_most_of_all_ranks(len(outputs), inputs_embeds.device) - len(outputs)):
-                surplus = language_model(inputs_embeds=inputs_embeds[:1, :1], use_cache=False).last_hidden_state
-                hidden_states = hidden_states + 0.0 * surplus.sum()
+        for _ in range(num_surplus):
+            surplus = language_model(inputs_embeds=inputs_embeds[:1, :1], use_cache=False).last_hidden_state
+            hidden_states = hidden_states + 0.0 * surplus.sum()
         return hidden_states, outputs, torch.stack(thoughts, dim=1) if thoughts else None
 
     def _resolve_cache(self, use_cache: bool | None, past_key_values: Cache | None) -> bool:
@@ -895,8 +898,8 @@ def add_thought_tokens(
     source = slice(0, num_known)
     if init_from is not None:
         ids = tokenizer.encode(init_from, add_special_tokens=False)
-        if len(ids) != 1:
-            raise ValueError(f"`init_from` must be one token, but {init_from!r} has the ids {ids}.")
+        if len(ids) != 1 or ids[0] >= num_known:
+            raise ValueError(f"`init_from` must be one token of the checkpoint, but {init_from!r} has the ids {ids}.")
         source = slice(ids[0], ids[0] + 1)
 
     if len(tokenizer) > config.text_config.vocab_size:

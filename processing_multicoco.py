@@ -18,7 +18,7 @@ from io import BytesIO
 
 import numpy as np
 from PIL import Image
-from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import ImageInput, load_image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -189,7 +189,8 @@ class MultiCoCoProcessor(ProcessorMixin):
                 if json.load(file).get("processor_class") == cls.__name__:
                     return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = MultiCoCoConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        raw_config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+        with open(cached_file(pretrained_model_name_or_path, "config.json", **hub_kwargs), encoding="utf-8") as file:
+            raw_config = json.load(file)
         if raw_config["model_type"] == "internvl_chat":
             height, width = config.vision_config.image_size
             image_processor = GotOcr2ImageProcessorPil(

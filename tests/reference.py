@@ -13,7 +13,8 @@ import torch
 def widened():
     """
     Keeps float64 where transformers casts to float32 inside: norms, eager softmax, loss. The rotary table stays as it
-    is. Run forward *and* backward inside, as a checkpointed layer is computed again in the backward.
+    is, provided that the model was made with `dtype=` (`model.to(torch.float64)` casts its frequencies too). Run
+    forward *and* backward inside, as a checkpointed layer is computed again in the backward.
     """
     to, to_float, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
 

@@ -1,0 +1,581 @@
+"""From records to batches: images, a question, written steps and an answer, at any stage of the curriculum.
+
+    records -> TokenizedRecords (integers, checked once) -> StageDataset (composed lazily) -> ReasoningCollator
+
+At stage `s` the first `s` steps are gone and `s * c_thought` thoughts stand in their place:
+
+    question <|start-latent|> <|latent|> x (s * c_thought) <|end-latent|> step_{s+1} ... step_n ### answer <|im_end|>
+
+Only what follows the block is a label. The rules are those of the original program (facebookresearch/coconut, commit
+27273cb); where it trains and asks with different numbers of thoughts, we ask as we train. This file knows no model.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset as HubDataset
+from datasets import Image as ImageFeature
+from datasets import load_dataset
+from PIL import Image
+from transformers.utils import logging
+
+from .processing_multicoco import (
+    IMAGE_PLACEHOLDER,
+    RESERVED_TOKENS,
+    MultiCoCoProcessor,
+    expand_image_tokens,
+    open_image,
+    thought_block,
+)
+
+
+logger = logging.get_logger(__name__)
+
+ANSWER_MARK = "### "
+END_OF_TURN = "<|im_end|>"
+MIXES = ("none", "linear", "uniform")
+TRAINING_MODES = ("coconut", "cot", "no_cot", "no_thoughts", "pause", "pause_loop")
+FIELDS = ("id", "images", "question", "choices", "steps", "answer", "answers")
+
+
+@dataclass
+class CurriculumArguments:
+    """How written reasoning steps give way to continuous thoughts. Defaults are the paper's for GSM8k."""
+
+    mode: str = field(
+        default="coconut",
+        metadata={
+            "help": "coconut: thoughts replace steps, stage by stage. cot: written steps only. no_cot: answer only. "
+            "no_thoughts: steps vanish stage by stage and nothing replaces them. pause: as coconut, but the latent "
+            "token is a learned constant. pause_loop: the same in the passes of coconut.",
+            "choices": list(TRAINING_MODES),
+        },
+    )
+    c_thought: int = field(default=2, metadata={"help": "Continuous thoughts that replace one written step."})
+    max_latent_stage: int = field(default=3, metadata={"help": "Stages that replace one more step each."})
+    final_stage: bool = field(
+        default=True,
+        metadata={
+            "help": "One more stage without any written step, for records of more than `max_latent_stage` steps."
+        },
+    )
+    pad_latent_to_max: bool = field(
+        default=True,
+        metadata={"help": "In the final stage give every record the full budget, also with fewer steps than stages."},
+    )
+    epochs_per_stage: int = field(default=3, metadata={"help": "Epochs before the next step is replaced."})
+    epochs_stage_0: int | None = field(
+        default=None, metadata={"help": "Epochs of written reasoning first; `epochs_per_stage` if not given."}
+    )
+    mix: str = field(
+        default="none",
+        metadata={
+            "help": "Stage of a sample: none: the scheduled one. linear: any stage up to it, later ones more often "
+            "(i + 1). uniform: the original program's, any number of the record's own steps.",
+            "choices": list(MIXES),
+        },
+    )
+    mix_prob: float = field(
+        default=1.0, metadata={"help": "Probability that a sample is mixed rather than scheduled."}
+    )
+    reset_optimizer_every: str = field(
+        default="stage",
+        metadata={
+            "help": "Clear Adam's moments at every new stage (the paper), epoch (its program), or never.",
+            "choices": ["stage", "epoch", "never"],
+        },
+    )
+
+    restart_schedule: bool = field(
+        default=False,
+        metadata={"help": "Start the learning rate again at every stage: warm-up, then cosine down to a tenth."},
+    )
+
+    def __post_init__(self):
+        for name, options in (
+            ("mode", TRAINING_MODES),
+            ("mix", MIXES),
+            ("reset_optimizer_every", ("stage", "epoch", "never")),
+        ):
+            if getattr(self, name) not in options:
+                raise ValueError(f"`--{name}` must be one of {', '.join(options)}, got {getattr(self, name)!r}.")
+        for name, least in (("c_thought", 1), ("max_latent_stage", 0), ("epochs_per_stage", 1), ("epochs_stage_0", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`--{name}` must be at least {least}, got {value}.")
+        if not 0 <= self.mix_prob <= 1:
+            raise ValueError(f"`--mix_prob` must be between 0 and 1, got {self.mix_prob}.")
+
+    @property
+    def last_stage(self) -> int:
+        if self.mode in ("cot", "no_cot"):
+            return 0
+        return self.max_latent_stage + (1 if self.final_stage else 0)
+
+    @property
+    def first_epochs(self) -> int:
+        return self.epochs_per_stage if self.epochs_stage_0 is None else self.epochs_stage_0
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of the whole schedule. The modes without stages get as many, so that all train equally long."""
+        return self.first_epochs + (self.max_latent_stage + (1 if self.final_stage else 0)) * self.epochs_per_stage
+
+    def stage(self, epoch: int) -> int:
+        """The scheduled stage of an epoch (from 0); a pure function, so that a resumed run finds it by itself."""
+        if epoch < self.first_epochs:
+            return 0
+        return min(1 + (epoch - self.first_epochs) // self.epochs_per_stage, self.last_stage)
+
+    def budget(self, num_steps: int, stage: int) -> tuple[int, int]:
+        """Thoughts, and written steps that are gone, for a record of `num_steps` steps at `stage`."""
+        if self.mode == "cot":
+            return 0, 0
+        if self.mode == "no_cot":
+            return 0, num_steps
+        replaced, gone = stage, min(stage, num_steps)
+        if stage > self.max_latent_stage:
+            replaced = self.max_latent_stage if self.pad_latent_to_max else min(num_steps, self.max_latent_stage)
+            gone = num_steps
+        return (0 if self.mode == "no_thoughts" else replaced * self.c_thought), gone
+
+    @property
+    def has_block(self) -> bool:
+        """Whether the two markers of a thought block are written; the controls without thoughts have none."""
+        return self.mode in ("coconut", "pause", "pause_loop")
+
+    def num_thoughts(self, stage: int) -> int | None:
+        """The budget at inference after `stage`: what a checkpoint's configuration holds. `None`: no block."""
+        return self.budget(self.max_latent_stage + 1, stage)[0] if self.has_block else None
+
+
+def draw_stage(curriculum: CurriculumArguments, stage: int, num_steps: int, key: tuple[int, int, int]) -> int:
+    """The stage of one sample. `key` (seed, epoch, index) makes the draw the same on every rank, worker and resume."""
+    if curriculum.mix == "none" or stage == 0 or curriculum.last_stage == 0:
+        return stage
+    generator = np.random.default_rng(key)
+    if generator.random() >= curriculum.mix_prob:
+        return stage
+    if curriculum.mix == "uniform":
+        return int(generator.integers(num_steps + 1))
+    weights = np.arange(1, stage + 2)
+    return int(generator.choice(stage + 1, p=weights / weights.sum()))
+
+
+def compose(
+    question: Sequence[int],
+    steps: Sequence[Sequence[int]],
+    answer: Sequence[int],
+    num_thoughts: int,
+    num_gone: int,
+    block_ids: tuple[int, int, int] | None,
+) -> tuple[list[int], list[int]]:
+    """
+    `input_ids` and `labels` of one sample from its pieces.
+
+    Args:
+        question, steps, answer (`Sequence[int]`): Token ids of the pieces.
+        num_thoughts (`int`): Latent tokens in the block.
+        num_gone (`int`): Written steps left out, from the first.
+        block_ids (`tuple[int, int, int]`, *optional*): Ids of start marker, latent, end marker; `None` for no block.
+    """
+    prompt = list(question)
+    if block_ids is not None:
+        start, latent, end = block_ids
+        prompt += [start, *[latent] * num_thoughts, end]
+    body = [token for step in steps[num_gone:] for token in step] + list(answer)
+    return prompt + body, [-100] * len(prompt) + body
+
+
+# --- records -----------------------------------------------------------------------------------------------------
+
+
+def load_records(
+    source: str | os.PathLike | HubDataset,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    needs_steps: bool = True,
+    allow_outside: bool = False,
+    skip_bad_records: bool = False,
+) -> list[dict[str, Any]]:
+    """
+    Reads and checks records `{"id", "images", "question", "choices", "steps", "answer", "answers"}`.
+
+    Args:
+        source: A `.jsonl` or `.json` file, a folder or Hub name that `datasets.load_dataset` reads, or a data set.
+            Images of a file are paths relative to it; those of a data set are read when they are needed.
+        columns (`Mapping[str, str]`, *optional*): Names of the fields in the source, as `{"steps": "rationale"}`.
+        split (`str`, defaults to `"train"`): Split of a folder or Hub data set.
+        needs_steps (`bool`, defaults to `True`): Whether a record without written steps is a defect.
+        allow_outside (`bool`, defaults to `False`): Allow image paths outside the folder of the file.
+        skip_bad_records (`bool`, defaults to `False`): List and leave out records with a defect.
+
+    Raises:
+        ValueError: at the first defect: the id of the record, the field, what came and how to mend it.
+    """
+    if isinstance(source, (str, os.PathLike)) and Path(source).suffix in (".json", ".jsonl"):
+        rows, folder = _read_json(Path(source)), Path(source).parent.resolve()
+    else:
+        rows, folder = _read_dataset(source, split, columns or {}), None
+    records, defects, seen = [], [], set()
+    for number, row in enumerate(rows):
+        row = {name: row.get((columns or {}).get(name, name)) for name in FIELDS}
+        try:
+            record = _check_record(row, number, folder, needs_steps, allow_outside)
+            if record["id"] in seen:
+                raise ValueError(f"Record {record['id']!r}: `id` stands twice. Give every record its own.")
+        except ValueError as error:
+            if not skip_bad_records:
+                raise
+            defects.append(str(error))
+            continue
+        seen.add(record["id"])
+        records.append(record)
+    if defects:
+        logger.warning(f"{len(defects)} of {number + 1} records were left out:\n  " + "\n  ".join(defects))
+    if not records:
+        raise ValueError(f"`{source}` has no usable record. Check the path, and `--skip_bad_records`.")
+    return records
+
+
+def question_text(record: Mapping[str, Any]) -> str:
+    """The user's turn of a record: its images first if the question does not place them, then its choices if any."""
+    question = record["question"]
+    if IMAGE_PLACEHOLDER not in question:
+        question = f"{IMAGE_PLACEHOLDER}\n" * len(record["images"]) + question
+    if record["choices"]:
+        question += "\nChoices: " + ", ".join(record["choices"])
+    return question
+
+
+def _read_json(path: Path) -> Iterable[dict]:
+    if not path.is_file():
+        raise ValueError(f"`{path}` does not exist, expected a .json or .jsonl file of records.")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        rows = json.loads(text)
+        if not isinstance(rows, list):
+            raise ValueError(f"`{path}` holds a {type(rows).__name__}, expected a list of records.")
+        return rows
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"`{path}`, line {number}: not valid JSON ({error}). Write one record a line."
+                ) from error
+    return rows
+
+
+class DatasetImage:
+    """An image of a `datasets` data set, read when it is opened."""
+
+    def __init__(self, dataset: HubDataset, row: int, column: str, index: int | None):
+        self.dataset, self.row, self.column, self.index = dataset, row, column, index
+
+    def open(self):
+        value = self.dataset[self.row][self.column]
+        return value if self.index is None else value[self.index]
+
+
+def _read_dataset(source, split, columns) -> Iterable[dict]:
+    dataset = source if isinstance(source, HubDataset) else load_dataset(str(source), split=split)
+    column = columns.get("images", "images" if "images" in dataset.column_names else "image")
+    names = [name for name in dataset.column_names if name != column]
+    texts = dataset.select_columns(names)
+    images = dataset.select_columns([column]) if column in dataset.column_names else None
+    for number, row in enumerate(texts):
+        if images is not None:
+            feature = images.features[column]
+            count = None if isinstance(feature, ImageFeature) else len(images[number][column] or [])
+            row[columns.get("images", "images")] = [
+                DatasetImage(images, number, column, index) for index in ([None] if count is None else range(count))
+            ]
+        yield row
+
+
+def _check_record(row, number, folder, needs_steps, allow_outside) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"Record {number}: is a {type(row).__name__}, expected an object with fields {FIELDS}.")
+    record_id = number if row["id"] is None else row["id"]
+    where = f"Record {record_id!r}"
+    if isinstance(record_id, bool) or not isinstance(record_id, (str, int)):
+        raise ValueError(f"Record {number}: `id` is {record_id!r:.100}, expected a string or an integer.")
+    for name in ("question", "answer"):
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise ValueError(f"{where}: `{name}` is {row[name]!r:.100}, expected a non-empty string. Fill it in.")
+    for name in ("steps", "choices", "answers"):
+        value = row[name] if row[name] is not None else []
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item.strip() for item in value):
+            raise ValueError(
+                f"{where}: `{name}` is {value!r:.100}, expected a list of non-empty strings. Split or fill it in."
+            )
+    if needs_steps and not row["steps"]:
+        raise ValueError(
+            f"{where}: `steps` is empty, expected at least one written step to learn from. Write the steps, or train "
+            "with `--mode no_cot`."
+        )
+    for name in ("question", "answer", "steps", "choices"):
+        for text in [row[name]] if isinstance(row[name], str) else row[name] or []:
+            for token in RESERVED_TOKENS + (() if name == "question" else (IMAGE_PLACEHOLDER,)):
+                if token in text:
+                    raise ValueError(f"{where}: `{name}` contains {token}, which is reserved. Remove or rephrase it.")
+    images = row["images"] if row["images"] is not None else []
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    images = [_check_image(image, where, folder, allow_outside) for image in images]
+    placed = row["question"].count(IMAGE_PLACEHOLDER)
+    if placed not in (0, len(images)):
+        raise ValueError(
+            f"{where}: `question` has {placed} {IMAGE_PLACEHOLDER} for {len(images)} `images`. Write one per image, "
+            "or none to put the images first."
+        )
+    return {
+        "id": record_id,
+        "images": images,
+        "question": row["question"].strip(),
+        "choices": list(row["choices"] or []),
+        "steps": [step.strip() for step in row["steps"] or []],
+        "answer": row["answer"].strip(),
+        "answers": list(row["answers"] or []),
+    }
+
+
+def _check_image(image, where, folder, allow_outside):
+    if isinstance(image, (DatasetImage, Image.Image, bytes)):
+        return image
+    if not isinstance(image, (str, os.PathLike)):
+        raise ValueError(f"{where}: `images` holds a {type(image).__name__}, expected a path, a PIL image or bytes.")
+    path = (folder / image).resolve() if folder is not None else Path(image).resolve()
+    if folder is not None and not allow_outside and not path.is_relative_to(folder):
+        raise ValueError(
+            f"{where}: `images` leaves the folder of the data: {image}. Move the image, or pass `--allow_outside`."
+        )
+    if not path.is_file():
+        raise ValueError(
+            f"{where}: `images` names {path}, which does not exist. Paths are relative to the file of records."
+        )
+    return str(path)
+
+
+# --- batches -----------------------------------------------------------------------------------------------------
+
+
+class StageDataset(torch.utils.data.Dataset):
+    """
+    Tokenized records, composed at the stage that [`~StageDataset.set_stage`] says.
+
+    Everything is tokenized and checked once, when the object is made. Stage and epoch lie in shared memory, so that
+    data loader workers see a change whether they persist or not. The length is the same at every stage.
+
+    Args:
+        records (`list[dict]`): From [`load_records`].
+        processor ([`MultiCoCoProcessor`]): Gives the prompt, the tokens and the number of tiles.
+        curriculum ([`CurriculumArguments`]): The rules.
+        seed (`int`, defaults to 42): Seed of the mixing.
+        max_length (`int`, *optional*): Longest sequence allowed, at any stage.
+
+    Raises:
+        ValueError: a record is too long, an image cannot be read, or pieces tokenize differently from the whole.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        processor: MultiCoCoProcessor,
+        curriculum: CurriculumArguments,
+        seed: int = 42,
+        max_length: int | None = None,
+    ):
+        self.records, self.curriculum, self.seed = records, curriculum, seed
+        self.num_image_token = processor.num_image_token
+        tokenizer = processor.tokenizer
+        self.image_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+        start, latent, end = tokenizer(thought_block(1), add_special_tokens=False)["input_ids"]
+        self.block_ids = (start, latent, end) if curriculum.has_block else None
+        self._clock = torch.zeros(2, dtype=torch.long).share_memory_()  # stage, epoch
+        self.num_patches = [_count_tiles(record, processor) for record in records]
+        self.questions, self.steps, self.answers = _tokenize(records, processor)
+        if max_length is not None:
+            for index, record in enumerate(records):
+                length = max(len(self._compose(index, stage)[0]) for stage in range(curriculum.last_stage + 1))
+                if length > max_length:
+                    raise ValueError(
+                        f"Record {record['id']!r}: {length} tokens, more than `max_length` {max_length}. Raise it, "
+                        "lower `max_patches`, or shorten the record; nothing is truncated."
+                    )
+
+    @property
+    def stage(self) -> int:
+        return int(self._clock[0])
+
+    def set_stage(self, stage: int, epoch: int = 0):
+        """Composes all records at `stage` from now on; `epoch` only changes the draws of the mixing."""
+        self._clock[0], self._clock[1] = stage, epoch
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        stage, epoch = self._clock.tolist()
+        stage = draw_stage(self.curriculum, stage, len(self.steps[index]), (self.seed, epoch, index))
+        input_ids, labels = self._compose(index, stage)
+        return {"input_ids": input_ids, "labels": labels, **self._images(index)}
+
+    def prompt(self, index: int, stage: int | None = None) -> dict[str, Any]:
+        """What a record is asked with after `stage`: as many thoughts as it was trained with, nothing after them."""
+        num_thoughts, _ = self.curriculum.budget(len(self.steps[index]), self.stage if stage is None else stage)
+        input_ids, _ = compose(self._question(index), [], [], num_thoughts, 0, self.block_ids)
+        return {"input_ids": input_ids, **self._images(index)}
+
+    def max_new_tokens(self) -> int:
+        """Tokens of the longest written steps and answer."""
+        return max(sum(map(len, steps)) + len(answer) for steps, answer in zip(self.steps, self.answers, strict=True))
+
+    def _compose(self, index: int, stage: int) -> tuple[list[int], list[int]]:
+        num_thoughts, num_gone = self.curriculum.budget(len(self.steps[index]), stage)
+        pieces = self._question(index), self.steps[index], self.answers[index]
+        return compose(*pieces, num_thoughts, num_gone, self.block_ids)
+
+    def _question(self, index: int) -> list[int]:
+        """The prompt with its image runs, from one visual token per image to all of them."""
+        runs = iter(self.num_patches[index])
+        tokens = []
+        for token in self.questions[index]:
+            tokens += [token] * (self.num_image_token * next(runs) if token == self.image_token_id else 1)
+        return tokens
+
+    def _images(self, index: int) -> dict[str, Any]:
+        return {"images": self.records[index]["images"], "num_patches_list": self.num_patches[index]}
+
+
+def _count_tiles(record, processor) -> list[int]:
+    counts = []
+    for index, image in enumerate(record["images"]):
+        if isinstance(image, str):
+            try:
+                with Image.open(image) as file:  # reads the header only
+                    width, height = file.size
+            except OSError as error:
+                raise ValueError(f"Record {record['id']!r}: `images` {image} cannot be read: {error}") from error
+        else:
+            width, height = open_image(_load(image), 0, index).size
+        counts.append(processor.image_processor.get_number_of_image_patches(height, width, {}))
+    return counts
+
+
+def _load(image):
+    return image.open() if isinstance(image, DatasetImage) else image
+
+
+def _tokenize(records, processor):
+    """Token ids of questions (one visual token per image), steps and answers, checked to make up the whole."""
+    conversations = [[{"role": "user", "content": question_text(record)}] for record in records]
+    prompts = processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+    prompts = [
+        expand_image_tokens(prompt, [1] * len(record["images"]), 1)
+        for prompt, record in zip(prompts, records, strict=True)
+    ]
+    steps = [[step + "\n" for step in record["steps"]] for record in records]
+    answers = [ANSWER_MARK + record["answer"] + END_OF_TURN for record in records]
+
+    def encode(texts):
+        return processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    flat = iter(encode([step for record_steps in steps for step in record_steps]))
+    step_ids = [[next(flat) for _ in record_steps] for record_steps in steps]
+    question_ids, answer_ids = encode(prompts), encode(answers)
+    wholes = encode(
+        ["".join([prompt, *parts, answer]) for prompt, parts, answer in zip(prompts, steps, answers, strict=True)]
+    )
+    for record, question, parts, answer, whole in zip(
+        records, question_ids, step_ids, answer_ids, wholes, strict=True
+    ):
+        if question + [token for part in parts for token in part] + answer != whole:
+            raise ValueError(
+                f"Record {record['id']!r}: `steps` and `answer` tokenize differently in pieces and as a whole, so the "
+                "model would be trained on other tokens than it writes. Strip unusual characters at their ends."
+            )
+    return question_ids, step_ids, answer_ids
+
+
+class ReasoningCollator:
+    """
+    Pads a batch so that the first thoughts of all samples stand in one column: `n` thoughts take `n + 1` passes.
+
+    Samples with thoughts are padded on the left up to that column, then all on the right:
+
+        question question <start> <latent> <latent> <end> answer answer
+        pad      question <start> <latent> <latent> <end> answer pad
+        question answer   answer  pad      ...
+
+    Args:
+        processor ([`MultiCoCoProcessor`]): Opens and cuts the images of the batch.
+
+    Returns, when called: `input_ids`, `attention_mask`, `labels` of shape `(batch_size, sequence_length)`, and with
+    images `pixel_values` `(sum of tiles, 3, height, width)` and `num_patches_list`.
+    """
+
+    def __init__(self, processor: MultiCoCoProcessor):
+        self.processor = processor
+        self.pad_token_id = processor.tokenizer.pad_token_id
+        self.latent_token_id = processor.tokenizer.convert_tokens_to_ids("<|latent|>")
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        firsts = [
+            ids.index(self.latent_token_id) if self.latent_token_id in ids else None
+            for ids in (list(feature["input_ids"]) for feature in features)
+        ]
+        column = max((first for first in firsts if first is not None), default=0)
+        lefts = [0 if first is None else column - first for first in firsts]
+        return {**self._pad(features, lefts), **self._pixels(features)}
+
+    def prompts(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The same for prompts to generate from: padded on the left."""
+        longest = max(len(feature["input_ids"]) for feature in features)
+        lefts = [longest - len(feature["input_ids"]) for feature in features]
+        return {**self._pad(features, lefts), **self._pixels(features)}
+
+    def _pad(self, features, lefts) -> dict[str, torch.Tensor]:
+        width = max(left + len(feature["input_ids"]) for left, feature in zip(lefts, features, strict=True))
+
+        def padded(values, left, fill):
+            return [fill] * left + list(values) + [fill] * (width - left - len(values))
+
+        pairs = list(zip(features, lefts, strict=True))
+        batch = {
+            "input_ids": torch.tensor([padded(item["input_ids"], left, self.pad_token_id) for item, left in pairs]),
+            "attention_mask": torch.tensor([padded([1] * len(item["input_ids"]), left, 0) for item, left in pairs]),
+        }
+        if all("labels" in feature for feature in features):
+            batch["labels"] = torch.tensor([padded(item["labels"], left, -100) for item, left in pairs])
+        return batch
+
+    def _pixels(self, features) -> dict[str, Any]:
+        expected = [count for feature in features for count in feature.get("num_patches_list", [])]
+        if not expected:
+            return {}
+        if any("images" not in feature for feature in features):
+            raise ValueError(
+                "`images` is missing from the samples. Set `remove_unused_columns=False` in TrainingArguments."
+            )
+        images = [
+            open_image(_load(image), sample, index)
+            for sample, feature in enumerate(features)
+            for index, image in enumerate(feature["images"])
+        ]
+        tiles = self.processor.image_processor(images, return_tensors="pt")
+        num_patches_list = [int(count) for count in tiles["num_patches"]]
+        if num_patches_list != expected:
+            raise ValueError(
+                f"`images` of this batch give {num_patches_list} tiles, but gave {expected} when they were counted. "
+                "Has a file changed since the start? Run again."
+            )
+        return {"pixel_values": tiles["pixel_values"], "num_patches_list": num_patches_list}

@@ -1,0 +1,306 @@
+"""Trains an InternVL to think: written reasoning first, continuous thoughts stage by stage.
+
+    python train.py recipes/trails/coconut.yaml
+    python train.py recipes/trails/coconut.yaml --learning_rate 5e-4 --seed 1          # flags win over the file
+    deepspeed --num_gpus 8 train.py --deepspeed ds_configs/zero3.json recipes/aokvqa/coconut.yaml
+    torchrun --nproc_per_node 8 train.py recipes/aokvqa/coconut.yaml
+    python train.py --model_name_or_path OpenGVLab/InternVL3-1B --train_file mine.jsonl --mode coconut --output_dir out
+
+The file is YAML or JSON with the names of the flags. Everything of transformers' `TrainingArguments` is a flag too
+(`--deepspeed`, `--bf16`, `--activation_checkpointing`, `--report_to`, `--push_to_hub`, `--resume_from_checkpoint`).
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.utils import logging
+
+from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens
+from multicoco.data_multicoco import ANSWER_MARK, CurriculumArguments, ReasoningCollator, StageDataset, load_records
+from multicoco.trainer_callbacks import (
+    AnswerCallback,
+    CompletionCallback,
+    CurriculumCallback,
+    last_complete_checkpoint,
+)
+
+
+logger = logging.get_logger("multicoco.train")
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Folder or Hub name of a multicoco, transformers (-hf) or original InternVL checkpoint."}
+    )
+    init_latents_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Token whose embedding the thought tokens start from; the mean of all embeddings if not given."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa or flash_attention_2; transformers' choice if not given."}
+    )
+    freeze_backbone: bool = field(default=False, metadata={"help": "Keep the vision tower as it is."})
+    freeze_llm: bool = field(default=False, metadata={"help": "Keep the language model and its head as they are."})
+    freeze_mlp: bool = field(default=False, metadata={"help": "Keep the projector between the two as it is."})
+    lora_rank: int = field(
+        default=0,
+        metadata={"help": "Train LoRA adapters of this rank in the language model (needs peft); 0 trains all."},
+    )
+    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA scale; twice the rank if not given."})
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on: records, see docs/data.md."""
+
+    train_file: str = field(metadata={"help": "Records: .jsonl, .json, a folder, or a Hub data set."})
+    eval_file: str | None = field(
+        default=None, metadata={"help": "Records that are answered at the end of each stage."}
+    )
+    column_mapping: str | None = field(
+        default=None, metadata={"help": 'JSON object from field to column name, as {"steps": "rationale"}.'}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest sequence in tokens. A longer record is an error, never cut."}
+    )
+    max_patches: int | None = field(
+        default=None, metadata={"help": "Tiles per image at most; the checkpoint's own value (12) if not given."}
+    )
+    skip_bad_records: bool = field(default=False, metadata={"help": "List and leave out defective records."})
+    allow_outside: bool = field(default=False, metadata={"help": "Allow image paths outside the folder of the file."})
+    answer_every: str = field(
+        default="stage",
+        metadata={"help": "When `eval_file` is answered.", "choices": ["stage", "epoch", "end"]},
+    )
+    answer_batch_size: int = field(default=64, metadata={"help": "Prompts per generate call of one rank."})
+
+
+class StageTrainer(Trainer):
+    """The stock trainer, with a learning rate that starts again (warm-up, then down) at every stage."""
+
+    curriculum: CurriculumArguments
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None and self.curriculum.restart_schedule:
+            steps_per_epoch = num_training_steps / self.args.num_train_epochs
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            first = self.curriculum.first_epochs * steps_per_epoch
+            later = self.curriculum.epochs_per_stage * steps_per_epoch
+
+            def factor(step: int) -> float:
+                length = first if step < first else later
+                done = step if step < first else (step - first) % later
+                cosine = 0.5 * (1 + math.cos(math.pi * done / length))
+                return min(1.0, (done + 1) / max(1, warmup)) * (0.1 + 0.9 * cosine)
+
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+
+def parse(arguments: list[str]):
+    """The dataclasses, and for each setting that was given where it came from."""
+    files = [
+        place
+        for place, argument in enumerate(arguments)
+        if argument.endswith((".yaml", ".yml", ".json")) and not (place and arguments[place - 1].startswith("--"))
+    ]
+    if len(files) > 1:
+        raise ValueError(f"Give one settings file, got {[arguments[place] for place in files]}.")
+    flags = [argument for place, argument in enumerate(arguments) if place not in files]
+    from_file, sources = [], {}
+    for place in files:
+        settings = yaml.safe_load(Path(arguments[place]).read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(
+                f"{arguments[place]} holds a {type(settings).__name__}, expected names and values of flags."
+            )
+        for name, value in settings.items():
+            values = value if isinstance(value, list) else [value]
+            from_file += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
+            sources[name] = arguments[place]
+    sources.update({flag[2:].split("=")[0]: "command line" for flag in flags if flag.startswith("--")})
+    arguments = [*from_file, *flags]
+    if "deepspeed" in sources and not torch.cuda.is_available():
+        arguments += _prepare_deepspeed_on_cpu()
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, CurriculumArguments, TrainingArguments),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    model_args, data_args, curriculum, args = parser.parse_args_into_dataclasses(args=arguments)
+    if "num_train_epochs" not in sources and args.max_steps <= 0:
+        args.num_train_epochs = curriculum.num_epochs
+        sources["num_train_epochs"] = "curriculum"
+    args.remove_unused_columns = False  # the collator reads `images`
+    return model_args, data_args, curriculum, args, sources
+
+
+def _prepare_deepspeed_on_cpu() -> list[str]:
+    """Without a GPU, accelerate and DeepSpeed must be told so before `TrainingArguments` is made."""
+    import deepspeed  # noqa: F401
+    from accelerate import PartialState
+
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # a shared-memory kernel that needs a compiler
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    return ["--accelerator_config", json.dumps({"use_configured_state": True})]
+
+
+def load_model(model_args: ModelArguments, args: TrainingArguments, processor: MultiCoCoProcessor):
+    """
+    The model with its thought tokens. A checkpoint that lacks them gets them once, on one process and unsharded, in
+    `output_dir/start`, before DeepSpeed partitions anything; then all ranks load that.
+    """
+    name, kwargs = model_args.model_name_or_path, {"attn_implementation": model_args.attn_implementation}
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if MultiCoCoConfig.from_pretrained(name).latent_token_id is None:
+        start = Path(args.output_dir) / "start"
+        unset_hf_deepspeed_config()
+        with args.main_process_first(local=False, desc="adding thought tokens"):
+            if args.process_index == 0:
+                model = MultiCoCoForConditionalGeneration.from_pretrained(name, dtype="auto")
+                add_thought_tokens(model, processor.tokenizer, model_args.init_latents_from)
+                model.save_pretrained(start)
+        if args.hf_deepspeed_config is not None:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)
+        name = start
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    model = MultiCoCoForConditionalGeneration.from_pretrained(
+        name, dtype=dtype if args.bf16 else torch.float32, **kwargs
+    )
+    for freeze, module in (
+        (model_args.freeze_backbone, model.model.vision_tower),
+        (model_args.freeze_mlp, model.model.multi_modal_projector),
+        (model_args.freeze_llm, model.model.language_model),
+        (model_args.freeze_llm, model.lm_head),
+    ):
+        if freeze:
+            module.requires_grad_(False)
+    if model_args.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            r=model_args.lora_rank,
+            lora_alpha=model_args.lora_alpha or 2 * model_args.lora_rank,
+            target_modules=r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj",
+            modules_to_save=["embed_tokens", "lm_head"],  # thought tokens are new rows
+        )
+        model = get_peft_model(model, lora)
+    return model
+
+
+def make_judge(dataset: StageDataset, processor: MultiCoCoProcessor):
+    """Exact match of what the model writes after the answer mark with the record's answer."""
+
+    def is_correct(tokens, index: int) -> bool:
+        text = processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text.rsplit(ANSWER_MARK, 1)[-1].strip() == dataset.records[index]["answer"]
+
+    return is_correct
+
+
+def show_settings(groups, sources):
+    """Every setting that was given or that the curriculum is made of, and where it came from."""
+    print(f"{'setting':32}{'value':44}from")
+    for group in groups:
+        for item in dataclasses.fields(group):
+            if item.name in sources or isinstance(group, CurriculumArguments):
+                value = str(getattr(group, item.name))
+                print(f"{item.name:32}{value[:42]:44}{sources.get(item.name, 'default')}")
+
+
+def show_results(log_history: list[dict], output_dir: str):
+    """The table of stages in the terminal, and results.json and results.png beside the model."""
+    rows = [entry for entry in log_history if "eval/accuracy" in entry]
+    print(
+        f"\n{'stage':>5}  {'thoughts':>8}  {'accuracy':>8}  {'95 % interval':>15}  {'new tokens':>10}  {'samples':>7}"
+    )
+    for row in rows:
+        low, high = wilson_interval(row["eval/accuracy"], row["eval/samples"])
+        print(
+            f"{row['eval/stage']:>5}  {row['eval/num_thoughts']:>8}  {row['eval/accuracy']:>8.1%}  "
+            f"{low:>6.1%} - {high:>6.1%}  {row['eval/new_tokens']:>10.1f}  {row['eval/samples']:>7}"
+        )
+    (Path(output_dir) / "results.json").write_text(json.dumps(rows, indent=2))
+
+
+def wilson_interval(rate: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson 1927), which stays within 0 and 1."""
+    centre = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def main(arguments: list[str] | None = None):
+    model_args, data_args, curriculum, args, sources = parse(sys.argv[1:] if arguments is None else arguments)
+    is_main = args.process_index == 0
+    if is_main:
+        show_settings((model_args, data_args, curriculum, args), sources)
+    set_seed(args.seed)
+    processor = MultiCoCoProcessor.from_pretrained(model_args.model_name_or_path)
+    if data_args.max_patches is not None:
+        processor.image_processor.max_patches = data_args.max_patches
+
+    def load(path, needs_steps):
+        records = load_records(
+            path,
+            columns=json.loads(data_args.column_mapping) if data_args.column_mapping else None,
+            needs_steps=needs_steps,
+            allow_outside=data_args.allow_outside,
+            skip_bad_records=data_args.skip_bad_records,
+        )
+        return StageDataset(records, processor, curriculum, seed=args.seed, max_length=data_args.max_length)
+
+    train_dataset = load(data_args.train_file, needs_steps=curriculum.mode != "no_cot")
+    eval_dataset = load(data_args.eval_file, needs_steps=False) if data_args.eval_file else None
+    collator = ReasoningCollator(processor)
+    callbacks = [CurriculumCallback(curriculum, train_dataset), CompletionCallback()]
+    if eval_dataset is not None:
+        judge = make_judge(eval_dataset, processor)
+        callbacks.append(
+            AnswerCallback(
+                curriculum, eval_dataset, collator, judge, data_args.answer_batch_size, data_args.answer_every
+            )
+        )
+    trainer = StageTrainer(
+        model=load_model(model_args, args, processor),
+        args=args,
+        train_dataset=train_dataset,
+        data_collator=collator,
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+    trainer.curriculum = curriculum
+    # Ours first, so that what they add to the log reaches the progress bar and every `report_to`.
+    trainer.callback_handler.callbacks.sort(key=lambda callback: callback not in callbacks)
+    resume = args.resume_from_checkpoint
+    if resume in ("true", "True", "last"):
+        resume = last_complete_checkpoint(args.output_dir)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    trainer.save_state()
+    if is_main:
+        show_results(trainer.state.log_history, args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""What multicoco adds to the stock `Trainer`: the curriculum, and answers generated while training.
+
+    Trainer(model, args, train_dataset=dataset, data_collator=ReasoningCollator(processor),
+            callbacks=[CurriculumCallback(curriculum, dataset)])          # args.remove_unused_columns=False
+
+Stages are a pure function of the epoch, so resuming is exact and ranks agree without talking. This file knows no
+tokenizer.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from .data_multicoco import CurriculumArguments, ReasoningCollator, StageDataset
+
+
+logger = logging.get_logger(__name__)
+
+COMPLETE = "complete"  # the file that marks a checkpoint
+
+
+class CurriculumCallback(TrainerCallback):
+    """
+    Moves the data to the stage of the epoch that begins, and keeps the model's configuration in step with it.
+
+    At a new stage Adam's moments are cleared in place (`reset_optimizer_every`), on one process, DDP and ZeRO-1/2/3.
+    Every checkpoint so says which stage it was trained at and how many thoughts to use.
+
+    Args:
+        curriculum ([`CurriculumArguments`]): The schedule.
+        datasets ([`StageDataset`]): The training data, and any evaluation data that follows the same stage.
+    """
+
+    def __init__(self, curriculum: CurriculumArguments, *datasets: StageDataset):
+        self.curriculum, self.datasets = curriculum, datasets
+        self.stage = 0
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if getattr(args, "remove_unused_columns", False):
+            raise ValueError("`remove_unused_columns` is True, but the collator reads `images`. Set it to False.")
+        self._enter(int(state.epoch or 0), model, processing_class)
+
+    def on_epoch_begin(self, args, state, control, model=None, processing_class=None, optimizer=None, **kwargs):
+        epoch = int(state.epoch or 0)
+        self._enter(epoch, model, processing_class)
+        resumed_inside = (state.epoch or 0) % 1 > 0  # the epoch began before the interruption
+        if epoch == 0 or resumed_inside:
+            return
+        is_new_stage = self.stage != self.curriculum.stage(epoch - 1)
+        every = self.curriculum.reset_optimizer_every
+        if every == "epoch" or (every == "stage" and is_new_stage):
+            reset_optimizer(optimizer)
+            logger.info(f"Stage {self.stage}: the optimizer's moments are cleared.")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        values = {
+            "curriculum/stage": self.stage,
+            "curriculum/num_thoughts": self.curriculum.num_thoughts(self.stage) or 0,
+        }
+        if logs is not None and "loss" in logs:
+            logs.update(values)
+            state.log_history[-1].update(values)
+
+    def _enter(self, epoch: int, model, processing_class):
+        self.stage = self.curriculum.stage(epoch)
+        for dataset in self.datasets:
+            dataset.set_stage(self.stage, epoch)
+        num_thoughts = self.curriculum.num_thoughts(self.stage)
+        config = model.config
+        config.mode, config.stage, config.num_thoughts = self.curriculum.mode, self.stage, num_thoughts
+        config.c_thought, config.max_latent_stage = self.curriculum.c_thought, self.curriculum.max_latent_stage
+        if hasattr(processing_class, "num_thoughts"):
+            processing_class.num_thoughts = num_thoughts
+
+
+def reset_optimizer(optimizer) -> None:
+    """Clears all moments and step counts in place, under any number of wrappers (accelerate's, DeepSpeed's)."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+            elif name == "step":
+                state[name] = 0
+
+
+class CompletionCallback(TrainerCallback):
+    """
+    Marks a checkpoint as complete once all ranks have written all of it; [`last_complete_checkpoint`] reads the mark.
+
+    A run that is killed while it saves leaves a folder without the mark, which is never resumed from.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.save_total_limit == 1:
+            raise ValueError(
+                "`save_total_limit` is 1: a run killed while it saves would leave nothing complete. Use at least 2."
+            )
+        if state.is_world_process_zero:
+            for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
+                if _step(checkpoint) > state.global_step:  # about to be written again
+                    (checkpoint / COMPLETE).unlink(missing_ok=True)
+
+    def on_save(self, args, state, control, **kwargs):
+        if dist.is_initialized():
+            dist.barrier()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint in `output_dir` that was written to its end, or `None`."""
+    complete = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{COMPLETE}")]
+    return str(max(complete, key=_step)) if complete else None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+class AnswerCallback(TrainerCallback):
+    """
+    Lets the model answer the evaluation data at the end of each stage (or epoch) and logs the accuracy.
+
+    All ranks share the work, run the same number of `generate` calls, and each sample is counted once.
+
+    Args:
+        curriculum ([`CurriculumArguments`]): Says when a stage ends.
+        dataset ([`StageDataset`]): What is asked.
+        collator ([`ReasoningCollator`]): Makes the batches of prompts.
+        is_correct (`Callable[[list[int], int], bool]`): Judges the new tokens of the sample with this index.
+        batch_size (`int`, defaults to 64): Prompts per `generate` call of one rank.
+        every (`str`, defaults to `"stage"`): `"stage"`, `"epoch"` or `"end"`.
+        generate_kwargs (`dict`, *optional*): More arguments of `generate`.
+    """
+
+    def __init__(
+        self,
+        curriculum: CurriculumArguments,
+        dataset: StageDataset,
+        collator: ReasoningCollator,
+        is_correct: Callable[[Sequence[int], int], bool],
+        batch_size: int = 64,
+        every: str = "stage",
+        generate_kwargs: dict | None = None,
+    ):
+        self.curriculum, self.dataset, self.collator, self.is_correct = curriculum, dataset, collator, is_correct
+        self.batch_size, self.every, self.generate_kwargs = batch_size, every, generate_kwargs or {}
+        self.pending = {}
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        epoch = round(state.epoch)  # epochs that are done
+        stage = self.curriculum.stage(epoch - 1)
+        is_last = state.global_step >= state.max_steps
+        ends = is_last or self.every == "epoch" or (self.every == "stage" and self.curriculum.stage(epoch) != stage)
+        if ends:
+            self.pending = self.measure(model, stage, disable_tqdm=args.disable_tqdm)
+            control.should_log = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is not None and self.pending:
+            logs.update(self.pending)
+            state.log_history[-1].update(self.pending)
+            self.pending = {}
+
+    @torch.no_grad()
+    def measure(self, model, stage: int, disable_tqdm: bool = False) -> dict[str, float]:
+        """Accuracy and mean number of new tokens at `stage`."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        share = -(-len(self.dataset) // world)  # the same for all ranks; surplus places repeat and are not counted
+        indices = list(range(rank, len(self.dataset), world))
+        was_training = model.training
+        model.eval()
+        totals = torch.zeros(3, dtype=torch.float64)  # correct, tokens, samples
+        starts = range(0, share, self.batch_size)
+        for start in tqdm(starts, desc=f"answers at stage {stage}", leave=False, disable=disable_tqdm or rank > 0):
+            places = range(start, min(start + self.batch_size, share))
+            chosen = [indices[place] if place < len(indices) else rank % len(self.dataset) for place in places]
+            batch = self.collator.prompts([self.dataset.prompt(index, stage) for index in chosen])
+            length = batch["input_ids"].shape[1]
+            batch = {
+                name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()
+            }
+            output = model.generate(
+                **batch, **{"max_new_tokens": self.dataset.max_new_tokens(), **self.generate_kwargs}
+            )
+            for place, index, tokens in zip(places, chosen, output[:, length:].tolist(), strict=True):
+                if place < len(indices):
+                    tokens = [token for token in tokens if token != self.collator.pad_token_id]
+                    totals += torch.tensor([self.is_correct(tokens, index), len(tokens), 1])
+        model.train(was_training)
+        if world > 1:
+            totals = totals.to(model.device, torch.float32)
+            dist.all_reduce(totals)
+        correct, tokens, count = totals.tolist()
+        return {
+            "eval/stage": stage,
+            "eval/accuracy": correct / count,
+            "eval/new_tokens": tokens / count,
+            "eval/num_thoughts": self.curriculum.num_thoughts(stage) or 0,
+            "eval/samples": int(count),
+        }
