@@ -533,17 +533,19 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             num_patches_list (`Sequence[int]`, *optional*):
                 Tiles of each image (without dummies); makes the check of tiles and tokens exact per sample.
             latent_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Where thoughts are fed. Defaults to the positions of `<|latent|>` in `input_ids`.
+                Where thoughts are fed. Defaults to the positions of `<|latent|>` in `input_ids`. If it is shorter than
+                `input_ids`, it is that of the prompt, and what follows holds no thought.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Ids to predict, -100 where none is; shifted inside. The loss is the mean over all labels of the batch,
                 or their sum over `num_items_in_batch`.
             return_thoughts (`bool`, defaults to `False`): Return what was fed at the latent positions.
             edit_thoughts (`Callable`, *optional*):
                 `(thought (batch_size, hidden_size), index) -> thought`, called for every thought inside the loop, so
-                that later thoughts and the answer follow from the edited one. Rows without this thought are ignored.
+                that later thoughts and the answer follow from the edited one. It gets all rows; those that do not
+                have this thought at this position are ignored, so swap rows only where thoughts are aligned.
             answer_sees (`str`, defaults to `"all"`):
                 What positions after the last thought may attend to: `"all"`, `"no_image"`, or `"thoughts_only"`
-                (the thoughts, and what comes after them).
+                (the thoughts, and what comes after them). The thoughts themselves see everything before them.
 
         Raises:
             ValueError: tiles and `<IMG_CONTEXT>` tokens do not match; a thought that has no state before it, or that
@@ -564,13 +566,19 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             if input_ids is not None and mm_encoder_outputs is None:
                 pixel_values, tiles = self._check_images(input_ids, pixel_values, image_flags, num_patches_list)
             if latent_mask is not None:
-                numbers = self._check_thoughts(input_ids, latent_mask, attention_mask)  # (B, T), on the host
+                padded = _pad(latent_mask, tokens.shape[1])
+                numbers = self._check_thoughts(input_ids, padded, attention_mask)  # (B, T), on the host
                 if self.config.mode != "pause" or edit_thoughts is not None or return_thoughts:
                     columns = numbers.any(dim=0).nonzero().flatten().tolist()
         if labels is not None:
             labelled = [index.to(tokens.device) for index in (labels[:, 1:].cpu() != -100).nonzero(as_tuple=True)]
             if len(labelled[0]) == 0 and kwargs.get("num_items_in_batch") is None:
                 raise ValueError("`labels` are all -100, so there is no loss. Give at least one position a label.")
+        if answer_sees != "all" and past_key_values is not None and int(past_key_values.get_seq_length()) > 0:
+            raise ValueError(
+                f"`answer_sees={answer_sees!r}` cannot continue `past_key_values`: which of its positions are to be "
+                "hidden is not known. Pass the whole sequence and no cache."
+            )
         visible = self._visibility(answer_sees, input_ids, latent_mask) if answer_sees != "all" else None
         position_ids = _positions(position_ids, attention_mask, tokens.shape[1])
         if columns and _is_2d(attention_mask) and attention_mask.all():
@@ -748,7 +756,11 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
 
     def _visibility(self, answer_sees, input_ids, latent_mask):
         """The rule of `answer_sees` as a mask function of transformers: `(batch, head, query, key) -> allowed`."""
-        after, hidden = self._hidden_from_answer(answer_sees, input_ids, latent_mask)
+        length = None if latent_mask is None else latent_mask.shape[1]
+        after, hidden = self._hidden_from_answer(
+            answer_sees, None if input_ids is None else input_ids[:, :length], latent_mask
+        )
+        after, hidden = ~_pad(~after, input_ids.shape[1]), _pad(hidden, input_ids.shape[1])
         if self.config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError(
                 f"`answer_sees={answer_sees!r}` needs attention masks, which {self.config._attn_implementation} does "
@@ -790,10 +802,13 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         latent_mask = self._latent_mask(input_ids) if latent_mask is None else latent_mask
         if latent_mask is not None:
+            if input_ids is not None:  # an assistant gets the mask of the prompt, and ids that have grown
+                latent_mask = _pad(latent_mask, input_ids.shape[1])
             numbers = self._check_thoughts(input_ids, latent_mask, kwargs.get("attention_mask"))
             self._check_budget(int(numbers.max()))
-            chunk_size = kwargs.get("prefill_chunk_size", getattr(generation_config, "prefill_chunk_size", None))
-            if chunk_size is not None and numbers.any():
+            configs = (generation_config, self.generation_config)
+            chunk_sizes = [getattr(config, "prefill_chunk_size", None) for config in configs]
+            if any([kwargs.get("prefill_chunk_size"), *chunk_sizes]) and numbers.any():
                 raise ValueError("`prefill_chunk_size` cannot be used with thoughts: their passes are the chunks.")
             kwargs["latent_mask"] = latent_mask
         if return_thoughts:
@@ -847,12 +862,20 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
         )
         ids = model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
         if cached:
-            if ids.shape[1] > 1:
+            if ids.shape[1] > 1:  # candidates copied from the prompt, to be checked as the ordinary tokens they are
+                model_inputs["mm_encoder_outputs"] = {}
                 model_inputs["latent_mask"] = torch.zeros(ids.shape[:2], dtype=torch.bool, device=ids.device)
             return model_inputs
+        features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if features is not None and ids.shape[1] < input_ids.shape[1]:  # the caller's cache holds the images before
+            image_mask = input_ids == self.config.image_token_id
+            fed = image_mask.clone()
+            fed[:, : -ids.shape[1]] = False
+            fed = features.pooler_output.flatten(0, -2)[fed[image_mask]]
+            model_inputs["mm_encoder_outputs"] = {"image": type(features)(pooler_output=fed)}
         model_inputs["attention_mask"] = prompt_mask  # 2D also for a static cache: each pass makes its mask from it
         if latent_mask is not None:
-            model_inputs["latent_mask"] = _pad(latent_mask, ids.shape[1])[:, -ids.shape[1] :]
+            model_inputs["latent_mask"] = latent_mask[:, -ids.shape[1] :]
         model_inputs.update(
             edit_thoughts=edit_thoughts, answer_sees=answer_sees, return_thoughts=thought_sink is not None
         )

@@ -468,9 +468,9 @@ INVALID = {
     "one_id_only": (dict(latent_token_id=1), "`latent_token_id`, `start_latent_id`, `end_latent_id` must be all"),
     "two_ids_only": ({**IDS, "end_latent_id": None}, "must be all None or three different ids"),
     "same_id_twice": ({**IDS, "end_latent_id": 1}, "three different ids"),
-    "start_outside": ({**IDS, "start_latent_id": 632}, "`start_latent_id` must be within the vocabulary of 632"),
-    "latent_outside": ({**IDS, "latent_token_id": 9999}, "`latent_token_id` must be within .* got 9999"),
-    "end_negative": ({**IDS, "end_latent_id": -1}, "`end_latent_id` must be within .* got -1"),
+    "start_outside": ({**IDS, "start_latent_id": 632}, "`start_latent_id` must be an id within the vocabulary of 632"),
+    "latent_outside": ({**IDS, "latent_token_id": 9999}, "`latent_token_id` must be an id within .* got 9999"),
+    "end_negative": ({**IDS, "end_latent_id": -1}, "`end_latent_id` must be an id within .* got -1"),
     "id_text": ({**IDS, "latent_token_id": "<|latent|>"}, "`latent_token_id` must be"),
     "id_float": ({**IDS, "latent_token_id": 5.5}, "`latent_token_id` must be"),
     "c_thought_zero": (dict(c_thought=0), "`c_thought` must be an integer of at least 1, got 0"),
@@ -701,7 +701,7 @@ def test_the_tokenizer_of_another_model_is_refused(tokenizer):
 @pytest.mark.parametrize("text", ["Hello, how are you?", ""], ids=["many", "none"])
 def test_init_from_must_be_one_token(tokenizer, text):
     model = tiny_model()
-    with pytest.raises(ValueError, match="`init_from` must be one token, but .* has the ids"):
+    with pytest.raises(ValueError, match="`init_from` must be one token of the checkpoint, but .* has the ids"):
         add_thought_tokens(model, tokenizer, init_from=text)
     assert model.config.latent_token_id is None
 

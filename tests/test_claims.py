@@ -6,6 +6,7 @@ A-OKVQA's three rationales, and what final accuracy proves. "Device must be set 
 """
 
 import ast
+import contextlib
 import copy
 import json
 import shutil
@@ -21,6 +22,7 @@ from reference import (
     reference_logits,
     reference_loss,
     split_rows,
+    training,
     widened,
 )
 from safetensors.torch import load_file
@@ -85,8 +87,9 @@ def test_claim_fusion_is_bypassed(original_model):
     assert kinds == {"vision_tower", "multi_modal_projector", "language_model"}  # nothing else that could fuse
 
 
+@pytest.mark.parametrize("cache", ["growing", "of_training"])
 @pytest.mark.parametrize("num_thoughts", [1, 3])
-def test_claim_vision_is_lost_after_the_first_pass(model, make_batch, num_thoughts):
+def test_claim_vision_is_lost_after_the_first_pass(model, make_batch, num_thoughts, cache):
     """
     Claim: visual features must be embedded again in every latent pass, or vision is lost. False with a cache: the
     tower runs once, and loss and all gradients, also those of the pixels, equal a recompute of the whole prefix.
@@ -99,7 +102,8 @@ def test_claim_vision_is_lost_after_the_first_pass(model, make_batch, num_though
     for loss_fn in (lambda: reference_loss(model, batch), lambda: model(**model_inputs(batch)).loss):
         batch["pixel_values"] = pixels.clone().requires_grad_()
         calls.clear()
-        loss, grads = loss_and_grads(model, loss_fn)
+        with training(model) if cache == "of_training" else contextlib.nullcontext():  # no dropout: both modes agree
+            loss, grads = loss_and_grads(model, loss_fn)
         results.append((loss, {**grads, "pixel_values": batch["pixel_values"].grad}))
     assert len(calls) == 1
     (expected_loss, expected), (loss, grads) = results
@@ -483,6 +487,8 @@ def test_claim_generation_must_think_like_training(shared_model, make_batch):
         blank = shared_model(**inputs, edit_thoughts=lambda thought, index: torch.zeros_like(thought)).logits[:, -1]
         assert largest_difference(blank, shared_model(**inputs).logits[:, -1]) > 1e-3  # the thoughts do reach them
         for row, sample in enumerate(split_rows(batch)):
+            _, thoughts = reference_logits(shared_model, sample["input_ids"], sample["pixel_values"])
+            torch.testing.assert_close(trained[row, : len(thoughts)], torch.stack(thoughts), atol=1e-11, rtol=0)
             expected = reference_generate(
                 shared_model, sample["input_ids"], sample["pixel_values"], 4, suppress=[*suppressed, 622]
             )

@@ -117,7 +117,7 @@ def test_splits_share_no_picture():
 
 def test_a_board_in_two_splits_stops_the_run_and_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="`val` is also in `train`.*raise `size`"):
-        prepare.prepare(tmp_path / "data", num_train=400, num_val=400, size=2, max_arrows=1)
+        prepare.prepare(tmp_path / "data", num_train=250, num_val=250, size=2, max_arrows=1)
     assert not (tmp_path / "data").exists()
 
 
