@@ -805,10 +805,14 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             if input_ids is not None:  # an assistant gets the mask of the prompt, and ids that have grown
                 latent_mask = _pad(latent_mask, input_ids.shape[1])
             numbers = self._check_thoughts(input_ids, latent_mask, kwargs.get("attention_mask"))
-            self._check_budget(int(numbers.max()))
+            num_thoughts, trained = int(numbers.max()), self.config.num_thoughts
+            if trained is not None and num_thoughts > trained:
+                logger.warning_once(
+                    f"`num_thoughts` is {num_thoughts}, but this checkpoint was trained with {trained} thoughts."
+                )
             configs = (generation_config, self.generation_config)
             chunk_sizes = [getattr(config, "prefill_chunk_size", None) for config in configs]
-            if any([kwargs.get("prefill_chunk_size"), *chunk_sizes]) and numbers.any():
+            if any([kwargs.get("prefill_chunk_size"), *chunk_sizes]) and num_thoughts:
                 raise ValueError("`prefill_chunk_size` cannot be used with thoughts: their passes are the chunks.")
             kwargs["latent_mask"] = latent_mask
         if return_thoughts:
@@ -820,13 +824,6 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
                 thoughts = thoughts[:: len(thoughts) // len(latent_mask)]
             output["thoughts"] = thoughts
         return output
-
-    def _check_budget(self, num_thoughts: int):
-        trained = self.config.num_thoughts
-        if trained is not None and num_thoughts > trained:
-            logger.warning_once(
-                f"`num_thoughts` is {num_thoughts}, but this checkpoint was trained with {trained} thoughts."
-            )
 
     def prepare_inputs_for_generation(
         self,
@@ -871,8 +868,9 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             image_mask = input_ids == self.config.image_token_id
             fed = image_mask.clone()
             fed[:, : -ids.shape[1]] = False
-            fed = features.pooler_output.flatten(0, -2)[fed[image_mask]]
-            model_inputs["mm_encoder_outputs"] = {"image": type(features)(pooler_output=fed)}
+            features = type(features)(pooler_output=features.pooler_output.flatten(0, -2)[fed[image_mask]])
+        if features is not None:  # transformers leaves them out of the prefill of an assistant
+            model_inputs["mm_encoder_outputs"] = {"image": features}
         model_inputs["attention_mask"] = prompt_mask  # 2D also for a static cache: each pass makes its mask from it
         if latent_mask is not None:
             model_inputs["latent_mask"] = latent_mask[:, -ids.shape[1] :]
