@@ -145,6 +145,11 @@ def check_images(
                 f"{cure}"
             )
         return
+    if not all(isinstance(count, int) and count > 0 for count in num_patches_list):
+        raise ValueError(
+            f"`num_patches_list` is {num_patches_list}, expected one positive integer for each image of the batch. "
+            "Leave out images that are not there, and do not nest it by sample."
+        )
     if sum(num_patches_list) != num_tiles:
         raise ValueError(
             f"`num_patches_list` {list(num_patches_list)} counts {sum(num_patches_list)} tiles, but `pixel_values` "
@@ -171,6 +176,28 @@ def check_images(
             f"`num_patches_list` has {len(num_patches_list)} images, but `input_ids` has {IMAGE_CONTEXT_TOKEN} tokens "
             f"for {image}. {cure}"
         )
+
+
+def check_shapes(tokens, has_past: bool, attention_mask, labels, latent_mask):
+    """
+    Checks that what goes with the tokens `(B, T)` has their shape; a wrong one could broadcast in silence.
+
+    Raises:
+        ValueError: naming the argument, its shape and the expected one.
+    """
+    batch_size, length = tokens.shape
+    for name, tensor, least, most in (
+        ("attention_mask", attention_mask if _is_2d(attention_mask) else None, length, None if has_past else length),
+        ("labels", labels, length, length),
+        ("latent_mask", latent_mask, 0, length),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dim() != 2 or len(tensor) != batch_size or not least <= tensor.shape[1] <= (most or tensor.shape[1]):
+            raise ValueError(
+                f"`{name}` has shape {tuple(tensor.shape)}, expected {(batch_size, length)} like `input_ids`. Use "
+                "both as one call of the processor or collator made them."
+            )
 
 
 def check_thoughts(latent_mask: torch.BoolTensor, attention_mask: torch.Tensor | None, image_mask: torch.BoolTensor):
@@ -273,17 +300,21 @@ class InternVLChatModel(InternVLForConditionalGeneration):
                 pixel_values, tiles = torch.zeros(shape, dtype=self.dtype, device=input_ids.device), []
             num_tiles = 0
         else:
-            if pixel_values.dim() != 4:
+            vision = self.config.vision_config
+            tile = (vision.num_channels, *vision.image_size)
+            if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != tile:
                 raise ValueError(
-                    f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected (sum of tiles, channels, height, "
-                    "width). Concatenate the tiles of all samples along the first axis; they are never mixed."
+                    f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected (sum of tiles, {tile[0]}, "
+                    f"{tile[1]}, {tile[2]}). Concatenate the tiles of all samples along the first axis; they are never "
+                    "mixed."
                 )
             num_tiles = len(pixel_values)
             if image_flags is not None:
                 flags = torch.as_tensor(image_flags).flatten().tolist()
                 if len(flags) != num_tiles:
                     raise ValueError(
-                        f"`image_flags` has {len(flags)} entries, expected one for each of {num_tiles} tiles."
+                        f"`image_flags` has {len(flags)} entries, expected one for each of {num_tiles} tiles in "
+                        "`pixel_values`. Give 1 for a tile to place, 0 for a dummy."
                     )
                 tiles = [index for index, flag in enumerate(flags) if flag]
                 num_tiles = len(tiles)
@@ -421,6 +452,8 @@ class InternVLChatModel(InternVLForConditionalGeneration):
         `<image>` gets one before it, and `num_patches_list` (one tile for each image by default) goes by the order
         of all `<image>`.
         """
+        if not questions:
+            raise ValueError("`questions` is empty, expected at least one question. Do not call it without any.")
         if pixel_values is not None:
             questions = [item if IMAGE_PLACEHOLDER in item else f"{IMAGE_PLACEHOLDER}\n{item}" for item in questions]
             if num_patches_list is None:
@@ -557,6 +590,7 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             raise ValueError("With `inputs_embeds`, place the images yourself: `inputs_embeds=model.fuse(...)`.")
         use_cache = self._resolve_cache(use_cache, past_key_values)
         tokens = input_ids if input_ids is not None else inputs_embeds[..., 0]  # (B, T)
+        check_shapes(tokens, past_key_values is not None, attention_mask, labels, latent_mask)
 
         # All that the host must know about the batch is read and checked here, before any compute, and not again.
         columns, numbers, tiles = [], None, None
@@ -570,6 +604,8 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
                 numbers = self._check_thoughts(input_ids, padded, attention_mask)  # (B, T), on the host
                 if self.config.mode != "pause" or edit_thoughts is not None or return_thoughts:
                     columns = numbers.any(dim=0).nonzero().flatten().tolist()
+                if columns and attention_mask is not None and not _is_2d(attention_mask):
+                    raise ValueError("`attention_mask` must be (batch_size, sequence_length) when there are thoughts.")
         if labels is not None:
             labelled = [index.to(tokens.device) for index in (labels[:, 1:].cpu() != -100).nonzero(as_tuple=True)]
             if len(labelled[0]) == 0 and kwargs.get("num_items_in_batch") is None:
@@ -644,8 +680,6 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
         num_thoughts = int(numbers.max()) if columns else 0
         thoughts = [inputs_embeds.new_zeros(batch_size, hidden_size)] * num_thoughts
         if columns:
-            if attention_mask is not None and not _is_2d(attention_mask):
-                raise ValueError("`attention_mask` must be (batch_size, sequence_length) when there are thoughts.")
             device_numbers = numbers.to(inputs_embeds.device, non_blocking=True)
             if use_cache and past_key_values is None:
                 past_key_values = DynamicCache(config=language_model.config)
@@ -800,7 +834,15 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             ValueError: as in `forward`, before anything is computed.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if kwargs.get("inputs_embeds") is not None and kwargs.get("pixel_values") is not None:
+            raise ValueError("With `inputs_embeds`, place the images yourself: `inputs_embeds=model.fuse(...)`.")
+        if input_ids is not None:
+            has_past = kwargs.get("past_key_values") is not None
+            check_shapes(input_ids, has_past, kwargs.get("attention_mask"), None, latent_mask)
         latent_mask = self._latent_mask(input_ids) if latent_mask is None else latent_mask
+        answer_sees = kwargs.get("answer_sees", "all")
+        if answer_sees != "all":
+            self._visibility(answer_sees, input_ids, latent_mask)  # its checks: the tower runs before the prefill
         if latent_mask is not None:
             if input_ids is not None:  # an assistant gets the mask of the prompt, and ids that have grown
                 latent_mask = _pad(latent_mask, input_ids.shape[1])
@@ -813,7 +855,9 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             configs = (generation_config, self.generation_config)
             chunk_sizes = [getattr(config, "prefill_chunk_size", None) for config in configs]
             if any([kwargs.get("prefill_chunk_size"), *chunk_sizes]) and num_thoughts:
-                raise ValueError("`prefill_chunk_size` cannot be used with thoughts: their passes are the chunks.")
+                raise ValueError(
+                    "`prefill_chunk_size` cannot be used with thoughts: their passes are the chunks. Leave it out."
+                )
             kwargs["latent_mask"] = latent_mask
         if return_thoughts:
             kwargs.update(thought_sink=[], return_dict_in_generate=True)

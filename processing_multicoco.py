@@ -268,10 +268,8 @@ class MultiCoCoProcessor(ProcessorMixin):
             for index, image in enumerate(sample_images)
         ]
         data, num_patches_list = {}, []
+        self._check_tile_budget(images_kwargs)
         if opened:
-            for name in ("min_patches", "max_patches"):
-                if images_kwargs.get(name, 1) < 1:
-                    raise ValueError(f"`{name}` must be at least 1, got {images_kwargs[name]}.")
             tiles = self.image_processor(
                 opened, **{**images_kwargs, "return_tensors": images_kwargs.get("return_tensors") or "np"}
             )
@@ -311,6 +309,20 @@ class MultiCoCoProcessor(ProcessorMixin):
             expand_image_tokens(item, counts, self.num_image_token, sample)
             for sample, (item, counts) in enumerate(zip(text, num_patches_list, strict=True))
         ]
+
+    def _check_tile_budget(self, images_kwargs: dict):
+        fewest = images_kwargs.get("min_patches", self.image_processor.min_patches)
+        most = images_kwargs.get("max_patches", self.image_processor.max_patches)
+        for name, value in (("min_patches", fewest), ("max_patches", most)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"`{name}` must be an integer of at least 1, got {value!r}. Give the tiles per image."
+                )
+        if fewest > most:
+            raise ValueError(
+                f"`min_patches` must not exceed `max_patches`, got {fewest} and {most}. Lower the first or raise the "
+                "second."
+            )
 
     def _tokenize(self, prompts: list[str], text_kwargs: dict) -> dict:
         if text_kwargs.pop("truncation", None):
@@ -356,7 +368,9 @@ class MultiCoCoProcessor(ProcessorMixin):
             ValueError: as in [`~MultiCoCoProcessor.__call__`], or a part of another type, or thoughts without an
                 assistant's turn to put them in.
         """
-        conversations = [conversation] if isinstance(conversation[0], dict) else conversation
+        conversations = [conversation] if conversation and isinstance(conversation[0], dict) else conversation
+        if not conversations or not all(conversations):
+            raise ValueError(f"`conversation` must hold at least one message, got {conversation!r}.")
         for sample, messages in enumerate(conversations):
             for message in messages:
                 parts = message.get("content") or []
@@ -422,10 +436,14 @@ def open_image(image, sample: int, index: int) -> Image.Image:
         image = image.convert("RGB")
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"{where}: cannot be read as an image: {error} Expected a PIL image, a path, a URL, bytes or an array."
+            f"{where}: cannot be read as an image: {error}. Expected a PIL image, a path, a "
+            "URL, bytes or an array: check that the file is whole, or leave out the image and its placeholder."
         ) from error
     if 0 in image.size:
-        raise ValueError(f"{where}: the image is empty, {image.size[0]} x {image.size[1]} pixels.")
+        raise ValueError(
+            f"{where}: the image is empty, {image.size[0]} x {image.size[1]} pixels, expected at least "
+            "1 x 1. Leave it out, and its placeholder."
+        )
     return image
 
 

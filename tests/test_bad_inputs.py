@@ -71,6 +71,22 @@ def generate(model, inputs):
 CALLS = [forward, generate]
 
 
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("change", [lambda mask: mask[:, 1:], lambda mask: mask[:1]], ids=["shorter", "one_row"])
+def test_an_attention_mask_of_another_shape(shared_model, make_batch, refused, call, change):
+    inputs = model_inputs(make_batch(padding="left"))
+    inputs["attention_mask"] = change(inputs["attention_mask"])
+    expected = f"expected {tuple(inputs['input_ids'].shape)} like `input_ids`"
+    refused(lambda: call(shared_model, inputs), "`attention_mask` has shape", expected)
+
+
+@pytest.mark.parametrize("name", ["labels", "latent_mask"])
+def test_labels_and_latents_of_another_shape(shared_model, make_batch, refused, name):
+    inputs = model_inputs(make_batch(padding="left"))
+    inputs[name] = torch.zeros(1, 3, dtype=torch.bool if name == "latent_mask" else torch.long)
+    refused(lambda: shared_model(**inputs), f"`{name}` has shape (1, 3)", "like `input_ids`")
+
+
 def test_hooks_see_the_tower_and_the_language_model(shared_model, computed, make_batch):
     for call in CALLS:
         computed.clear()
@@ -108,6 +124,18 @@ TILES = {
     "a_token_moved_to_another_sample": (
         lambda inputs: _drop_token(inputs, 1, move_to=0),
         ["Sample 0", "run of 9", "12 visual features"],
+    ),
+    "list_nested_by_sample": (
+        lambda inputs: {**inputs, "num_patches_list": [[2], [1]]},
+        ["`num_patches_list` is [[2], [1]]", "one positive integer for each image", "do not nest"],
+    ),
+    "list_with_an_empty_image": (
+        lambda inputs: {**inputs, "num_patches_list": [2, 0, 1]},
+        ["`num_patches_list` is [2, 0, 1]", "one positive integer", "Leave out"],
+    ),
+    "tiles_of_another_size": (
+        lambda inputs: {**inputs, "pixel_values": inputs["pixel_values"][..., :14, :14]},
+        ["`pixel_values` has shape (3, 3, 14, 14)", "(sum of tiles, 3, 28, 28)"],
     ),
     "fewer_tiles_than_listed": (
         lambda inputs: {**inputs, "pixel_values": inputs["pixel_values"][:2]},
@@ -155,11 +183,11 @@ TILES = {
     ),
     "five_dimensional_pixels": (
         lambda inputs: {**inputs, "pixel_values": inputs["pixel_values"][None]},
-        ["`pixel_values` has shape (1, 3, 3, 28, 28)", "(sum of tiles, channels, height, width)", "Concatenate"],
+        ["`pixel_values` has shape (1, 3, 3, 28, 28)", "(sum of tiles, 3, 28, 28)", "Concatenate"],
     ),
     "three_dimensional_pixels": (
         lambda inputs: {**inputs, "pixel_values": inputs["pixel_values"][0]},
-        ["`pixel_values` has shape (3, 28, 28)", "(sum of tiles, channels, height, width)"],
+        ["`pixel_values` has shape (3, 28, 28)", "(sum of tiles, 3, 28, 28)"],
     ),
     "wrong_image_flags_length": (
         lambda inputs: {**inputs, "image_flags": torch.ones(2, dtype=torch.long)},

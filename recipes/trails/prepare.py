@@ -1,0 +1,265 @@
+"""Makes the Trails data set: boards of coloured cells with arrows, a question about each, and its steps.
+
+    python recipes/trails/prepare.py --output_dir data/trails --num_train 25600 --num_val 1024 --size 4 --max_arrows 5
+
+The same seed makes the same files, byte for byte, and the first boards of a split are the same whatever its size:
+each board is drawn from a generator of its own, seeded by `(seed, split, index)`.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+
+FORMAT = 1  # of what is drawn and written: raise it with any change, so that older folders are made anew
+SPLITS = ("train", "val", "test")
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (50, 80, 220),
+    "yellow": (230, 200, 40),
+    "purple": (150, 60, 190),
+    "orange": (240, 130, 30),
+    "cyan": (60, 200, 210),
+    "brown": (120, 80, 40),
+}
+MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # (row, column) of an arrow up, right, down, left
+CELL_PIXELS = 14
+MAX_SIZE = 26  # columns are letters
+
+
+class Board(NamedTuple):
+    """
+    colours, arrows (`np.ndarray` of shape `(size, size)`): indices into `COLOURS` and `MOVES`.
+    trail (`list[tuple[int, int]]`): row and column of the start and of the cells that `max_arrows` arrows reach.
+    num_arrows (`int`): how many of them the question follows.
+    """
+
+    colours: np.ndarray
+    arrows: np.ndarray
+    trail: list[tuple[int, int]]
+    num_arrows: int
+
+
+def make_board(rng: np.random.Generator, size: int, max_arrows: int) -> Board:
+    """
+    Draws a board and a question.
+
+    Two things keep answers without reasoning near chance. The trail never visits a cell twice: free arrows soon run
+    back and forth between two cells, so that few answers need all steps. And *each board* has every colour as often as
+    any other (by one at most): with free colours, its most frequent one is the answer in a quarter of all cases.
+    """
+    trail, moves = _draw_trail(rng, size, max_arrows)
+    options, num_options = _moves_inside(size)
+    choice = (rng.random((size, size)) * num_options).astype(np.intp)
+    arrows = np.take_along_axis(options, choice[..., None], axis=-1)[..., 0]
+    for cell, move in zip(trail, moves, strict=False):  # the last cell keeps its own arrow
+        arrows[cell] = move
+    colours = (np.arange(size * size) + rng.integers(len(COLOURS))) % len(COLOURS)
+    colours = rng.permutation(colours).reshape(size, size)
+    return Board(colours, arrows, trail, int(rng.integers(1, max_arrows + 1)))
+
+
+def _draw_trail(rng, size, max_arrows) -> tuple[list[tuple[int, int]], list[int]]:
+    """A trail that never visits a cell twice, and its moves; a walk that gets stuck too early is given up."""
+    options, num_options = _moves_inside(size)
+    while True:
+        trail, moves = [(int(rng.integers(size)), int(rng.integers(size)))], []
+        while len(moves) < max_arrows:
+            row, column = trail[-1]
+            ahead = {}
+            for move in options[row, column, : num_options[row, column]].tolist():
+                cell = (row + MOVES[move][0], column + MOVES[move][1])
+                if cell not in trail:
+                    ahead[move] = cell
+            if not ahead:
+                break
+            move = list(ahead)[int(rng.random() * len(ahead))]
+            moves.append(move)
+            trail.append(ahead[move])
+        else:
+            return trail, moves
+
+
+@functools.cache
+def _moves_inside(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each cell the moves that stay on the board, `(size, size, 4)` filled up by -1, and their number."""
+    options = np.full((size, size, len(MOVES)), -1)
+    num_options = np.zeros((size, size), dtype=int)
+    for row, column in np.ndindex(size, size):
+        for move, (down, right) in enumerate(MOVES):
+            if 0 <= row + down < size and 0 <= column + right < size:
+                options[row, column, num_options[row, column]] = move
+                num_options[row, column] += 1
+    return options, num_options
+
+
+def draw_board(board: Board) -> np.ndarray:
+    """The picture of a board, `(14 * size, 14 * size, 3)` of `uint8`; the start cell has a black frame and centre."""
+    size = len(board.colours)
+    start = np.zeros((size, size), dtype=int)
+    start[board.trail[0]] = 1
+    cells = _cell_pictures()[board.colours, board.arrows, start]  # (size, size, 14, 14, 3)
+    return cells.transpose(0, 2, 1, 3, 4).reshape(size * CELL_PIXELS, size * CELL_PIXELS, 3)
+
+
+@functools.cache
+def _cell_pictures() -> np.ndarray:
+    """Every possible cell: `(colours, moves, 2, 14, 14, 3)`, the third axis for the start mark."""
+    arrow = np.zeros((CELL_PIXELS, CELL_PIXELS), dtype=bool)  # upwards: a shaft from the centre and a head
+    arrow[1:9, 6:8] = arrow[2, 5:9] = arrow[3, 4:10] = arrow[4, 3:11] = True
+    mark = np.ones_like(arrow)
+    mark[1:-1, 1:-1] = False
+    mark[5:9, 5:9] = True
+    cells = np.empty((len(COLOURS), len(MOVES), 2, *arrow.shape, 3), dtype=np.uint8)
+    cells[:] = np.array(list(COLOURS.values()), dtype=np.uint8)[:, None, None, None, None]
+    for move in range(len(MOVES)):
+        cells[:, move, :, np.rot90(arrow, -move)] = 255
+    cells[:, :, 1, mark] = 0
+    return cells
+
+
+def cell_name(row: int, column: int) -> str:
+    """`A1` is the cell in the top left corner, `B1` the one right of it, `A2` the one below."""
+    return f"{chr(ord('A') + column)}{row + 1}"
+
+
+def make_question(start: str, num_arrows: int) -> str:
+    return f"Start at {start} and follow {num_arrows} arrow{'s'[: num_arrows > 1]}. Which colour do you reach?"
+
+
+def make_record(board: Board, split: str, index: int) -> dict:
+    """The line of the JSONL file; the path of the picture is relative to that file."""
+    names = [cell_name(*cell) for cell in board.trail[: board.num_arrows + 1]]
+    return {
+        "id": f"{split}-{index:06d}",
+        "images": [f"{split}/{index:06d}.png"],
+        "question": make_question(names[0], board.num_arrows),
+        "steps": names[1:],
+        "answer": list(COLOURS)[board.colours[board.trail[board.num_arrows]]],
+    }
+
+
+def iter_boards(split: str, count: int, size: int, max_arrows: int, seed: int) -> Iterator[Board]:
+    for index in range(count):
+        yield make_board(np.random.default_rng((seed, SPLITS.index(split), index)), size, max_arrows)
+
+
+def write_split(output_dir: str | Path, split: str, count: int, size: int, max_arrows: int, seed: int) -> set[bytes]:
+    """Writes `{split}.jsonl` and the pictures in `{split}/`; returns the digests of the pictures."""
+    output_dir = Path(output_dir)
+    (output_dir / split).mkdir(parents=True, exist_ok=True)
+    digests = set()
+    with open(output_dir / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as file:
+        for index, board in enumerate(iter_boards(split, count, size, max_arrows, seed)):
+            picture, record = draw_board(board), make_record(board, split, index)
+            digests.add(hashlib.sha256(picture).digest())
+            Image.fromarray(picture).save(output_dir / record["images"][0], compress_level=1)
+            file.write(json.dumps(record) + "\n")
+    return digests
+
+
+def prepare(
+    output_dir: str | Path,
+    num_train: int = 25600,
+    num_val: int = 1024,
+    num_test: int = 0,
+    size: int = 4,
+    max_arrows: int = 5,
+    seed: int = 0,
+) -> bool:
+    """
+    Makes the whole data set, or nothing where it is already. It appears under its name only when it is complete.
+
+    Returns:
+        `bool`: whether anything was made.
+
+    Raises:
+        ValueError: an argument is out of range, the folder holds something else, or a board is in two splits.
+    """
+    counts = dict(zip(SPLITS, (num_train, num_val, num_test), strict=True))
+    for split, count in counts.items():
+        if count < 0:
+            raise ValueError(f"`num_{split}` must be at least 0, got {count}.")
+    if not 2 <= size <= MAX_SIZE:
+        raise ValueError(f"`size` must be between 2 and {MAX_SIZE} (columns are letters), got {size}.")
+    if not 1 <= max_arrows < size * size:
+        raise ValueError(
+            f"`max_arrows` must be between 1 and {size * size - 1}, got {max_arrows}: a longer trail on "
+            f"{size} x {size} cells visits one of them twice."
+        )
+    if seed < 0:
+        raise ValueError(f"`seed` must be at least 0, got {seed}.")
+
+    output_dir = Path(output_dir)
+    settings = {"data_set": "trails", "format": FORMAT, **{f"num_{split}": count for split, count in counts.items()}}
+    settings |= {"size": size, "max_arrows": max_arrows, "seed": seed}
+    found = _read_settings(output_dir)
+    if found == settings:
+        return False
+    if found is None and output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(
+            f"`output_dir` {output_dir} holds files that are not a Trails data set. Choose another folder."
+        )
+
+    partial = output_dir.with_name(
+        output_dir.name + ".partial"
+    )  # what an interrupted run leaves; replaced by the next
+    shutil.rmtree(partial, ignore_errors=True)
+    owners = {}
+    for split, count in counts.items():
+        if not count:
+            continue
+        digests = write_split(partial, split, count, size, max_arrows, seed)
+        for other in {owners[digest] for digest in digests if digest in owners}:
+            raise ValueError(
+                f"A board of `{split}` is also in `{other}`: boards of {size} x {size} cells are too few for "
+                f"{sum(counts.values())} different ones. Ask for fewer, or raise `size`."
+            )
+        owners |= dict.fromkeys(digests, split)
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(output_dir, ignore_errors=True)
+    os.replace(partial, output_dir)
+    return True
+
+
+def _read_settings(output_dir: Path) -> dict | None:
+    """The settings of the Trails data set in a folder; `None` if there is none."""
+    try:
+        settings = json.loads((output_dir / "settings.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+    return settings if isinstance(settings, dict) and settings.get("data_set") == "trails" else None
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Make the Trails data set (PNG files and JSONL records).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--output_dir", default="data/trails", help="Folder to make; kept if its settings are the same."
+    )
+    parser.add_argument("--num_train", type=int, default=25600, help="Boards to train on.")
+    parser.add_argument("--num_val", type=int, default=1024, help="Boards to validate on.")
+    parser.add_argument("--num_test", type=int, default=0, help="Boards to test on.")
+    parser.add_argument("--size", type=int, default=4, help="Cells along each side of a board.")
+    parser.add_argument("--max_arrows", type=int, default=5, help="A question follows 1 to this many arrows.")
+    parser.add_argument("--seed", type=int, default=0, help="Other seeds give other boards.")
+    args = parser.parse_args()
+    made = prepare(**vars(args))
+    print(f"{args.output_dir}: {'made' if made else 'already there, with the same settings'}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Makes the tiny model that the Trails recipe starts from: random weights, in the format of a real checkpoint.
+
+    python recipes/trails/start_model.py --output_dir data/trails-start --seed 0
+
+Tokenizer, processor, configuration and weights are what an InternVL3 checkpoint has, only smaller, so that the way
+from here on is the way of a real fine-tune. Nothing is downloaded.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens
+from multicoco.configuration_multicoco import IMAGE_CONTEXT_TOKEN
+from multicoco.processing_multicoco import (
+    CHAT_TEMPLATE,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SYSTEM_MESSAGE,
+)
+from multicoco.recipes.trails.prepare import CELL_PIXELS, COLOURS, cell_name, make_question
+
+
+SHORT_SYSTEM_MESSAGE = "Follow the arrows."  # InternVL's own would be more than half of the prompt
+PAD_TOKEN, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+# A word or a run of signs with a space before it and a line break behind it; else a single character. No token goes on
+# after a line break, so pieces that end in one are tokenized alone as they are in the whole.
+PIECES = r" ?[\p{L}\p{N}]+\n?| ?[^\s\p{L}\p{N}]+\n?|\s"
+WORDS = r" ?[^\W_]+\n?| ?[^\w\s]+\n?"  # the same in Python's terms, for the words below
+
+# With the library's defaults (0.02, layer scale 0.1, position embeddings of zero) a model this small does not learn.
+INITIALIZER_RANGE = 0.08
+
+
+def recipe_words(size: int, max_arrows: int) -> list[str]:
+    """Every word of the recipe as it stands in the text, with its space or line break, in a fixed order."""
+    names = [cell_name(row, column) for row in range(size) for column in range(size)]
+    texts = [f"system\n{SHORT_SYSTEM_MESSAGE}", "user\n", "assistant\n"]
+    texts += [make_question(name, 1) for name in names]
+    texts += [make_question("A1", num_arrows) for num_arrows in range(1, max_arrows + 1)]
+    texts += [f"{name}\n" for name in names]
+    texts += [f"### {colour}" for colour in COLOURS]
+    return list(dict.fromkeys(word for text in texts for word in re.findall(WORDS, text)))
+
+
+def make_tokenizer(size: int, max_arrows: int) -> PreTrainedTokenizerFast:
+    """A tokenizer that has each word of the recipe as one token, and bytes for any other text, as Qwen's has."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 characters that stand for the bytes
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = [as_bytes.pre_tokenize_str(word)[0][0] for word in recipe_words(size, max_arrows)]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys([*alphabet, *words]))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))  # a word of the vocabulary, or bytes
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(PIECES), behavior="isolated"), as_bytes]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([PAD_TOKEN, TURN_START, TURN_END])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD_TOKEN,
+        eos_token=TURN_END,
+        additional_special_tokens=[TURN_START],
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def make_processor(size: int, max_arrows: int) -> MultiCoCoProcessor:
+    """The processor: one tile, the whole picture pixel by pixel, with one visual token for each cell."""
+    pixels = CELL_PIXELS * size
+    image_processor = GotOcr2ImageProcessorPil(
+        size={"height": pixels, "width": pixels},
+        crop_to_patches=True,
+        min_patches=1,
+        max_patches=1,
+        image_mean=IMAGENET_MEAN,
+        image_std=IMAGENET_STD,
+    )
+    return MultiCoCoProcessor(
+        image_processor,
+        make_tokenizer(size, max_arrows),
+        num_image_token=size * size,
+        chat_template=CHAT_TEMPLATE.replace(SYSTEM_MESSAGE, SHORT_SYSTEM_MESSAGE),
+    )
+
+
+def make_model(processor: MultiCoCoProcessor, seed: int) -> MultiCoCoForConditionalGeneration:
+    """A two-layer vision tower and a two-layer Qwen2, with random weights of a scale at which they learn."""
+    tokenizer = processor.tokenizer
+    config = MultiCoCoConfig(
+        vision_config={
+            "image_size": processor.image_processor.size["height"],
+            "patch_size": CELL_PIXELS // 2,  # 2 x 2 patches become one visual token
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "attention_bias": True,
+            "layer_scale_init_value": 1.0,
+            "initializer_range": INITIALIZER_RANGE,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": -(-len(tokenizer) // 8) * 8,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "initializer_range": INITIALIZER_RANGE,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT_TOKEN),
+        image_seq_length=processor.num_image_token,
+        downsample_ratio=0.5,
+        tie_word_embeddings=True,
+        initializer_range=INITIALIZER_RANGE,  # of the projector between the two
+        system_message=SHORT_SYSTEM_MESSAGE,
+    )
+    generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MultiCoCoForConditionalGeneration(config)
+        model.generation_config = generation_config
+        torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings, std=INITIALIZER_RANGE)
+        drawn = model.get_input_embeddings().weight.detach().clone()
+        add_thought_tokens(model, tokenizer)  # new rows are the mean of all: a start in a trained model, zero in this
+        model.get_input_embeddings().weight.data.copy_(drawn)
+    return model
+
+
+def make_start_model(output_dir: str | Path, size: int = 4, max_arrows: int = 5, seed: int = 0) -> None:
+    """Saves model and processor; the same seed makes the same files."""
+    processor = make_processor(size, max_arrows)
+    make_model(processor, seed).save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Make the tiny random checkpoint that the Trails recipe starts from.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output_dir", default="data/trails-start", help="Folder of the checkpoint.")
+    parser.add_argument("--size", type=int, default=4, help="Cells along each side of a board, as in prepare.py.")
+    parser.add_argument("--max_arrows", type=int, default=5, help="Most arrows of a question, as in prepare.py.")
+    parser.add_argument("--seed", type=int, default=0, help="Other seeds give other weights.")
+    args = parser.parse_args()
+    make_start_model(**vars(args))
+    print(f"{args.output_dir}: made")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
