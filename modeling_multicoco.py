@@ -305,8 +305,8 @@ class InternVLChatModel(InternVLForConditionalGeneration):
             if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != tile:
                 raise ValueError(
                     f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected (sum of tiles, {tile[0]}, "
-                    f"{tile[1]}, {tile[2]}). Concatenate the tiles of all samples along the first axis; they are never "
-                    "mixed."
+                    f"{tile[1]}, {tile[2]}). Concatenate the tiles of all samples along the first axis; they "
+                    "are never mixed."
                 )
             num_tiles = len(pixel_values)
             if image_flags is not None:
