@@ -258,7 +258,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="Other seeds give other boards.")
     args = parser.parse_args()
     made = prepare(**vars(args))
-    print(f"{args.output_dir}: {'made' if made else 'already there, with the same settings'}")  # noqa: T201
+    print(f"{args.output_dir}: {'made' if made else 'already there, with the same settings'}")
 
 
 if __name__ == "__main__":
