@@ -622,18 +622,19 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.fuse(input_ids, pixel_values, tiles, mm_encoder_outputs)  # (B, T, D)
-        hidden_states, outputs, thoughts = self._think(
-            inputs_embeds,
-            columns=columns,
-            numbers=numbers,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            edit_thoughts=edit_thoughts,
-            visible=visible,
-            **kwargs,
-        )
+        with _settled_rotary(self.model.language_model, position_ids if columns else None):
+            hidden_states, outputs, thoughts = self._think(
+                inputs_embeds,
+                columns=columns,
+                numbers=numbers,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                edit_thoughts=edit_thoughts,
+                visible=visible,
+                **kwargs,
+            )
 
         loss = logits = None
         if labels is not None:  # logits only where there is a label: (labels, V)
@@ -1028,6 +1029,25 @@ def _positions(position_ids, attention_mask, length: int):
     if position_ids is None and _is_2d(attention_mask):
         position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
     return position_ids
+
+
+@contextlib.contextmanager
+def _settled_rotary(language_model: nn.Module, position_ids: torch.LongTensor | None):
+    """
+    InternVL3's rotary embedding is of the dynamic kind: each call asks the device for the largest position, to change
+    its frequencies beyond `max_position_embeddings`. Within, it is the plain one, so this asks once for all passes.
+    """
+    rotary = language_model.rotary_emb
+    limit = getattr(rotary, "original_max_seq_len", None)
+    is_dynamic = position_ids is not None and getattr(rotary, "rope_type", None) == "dynamic"
+    settled = is_dynamic and rotary.max_seq_len_cached == limit and int(position_ids.max()) < limit
+    if settled:
+        rotary.rope_type = "default"
+    try:
+        yield
+    finally:
+        if settled:
+            rotary.rope_type = "dynamic"
 
 
 def _pad(mask: torch.BoolTensor, length: int) -> torch.BoolTensor:
