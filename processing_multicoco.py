@@ -54,15 +54,24 @@ SYSTEM_MESSAGE = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
 CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n{{ system_message | default('"
-    + SYSTEM_MESSAGE
-    + "', true) }}<|im_end|>\n{% endif %}"
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n"
+    "{{ system_message | default("
+    + json.dumps(SYSTEM_MESSAGE, ensure_ascii=False)
+    + ", true) }}<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}" + IMAGE_PLACEHOLDER + "\n{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def chat_template(system_message: str | None = None) -> str:
+    """`CHAT_TEMPLATE` with another system message for conversations that bring none; `None` leaves InternVL's."""
+    if system_message is None:
+        return CHAT_TEMPLATE
+    quoted = [json.dumps(message, ensure_ascii=False) for message in (SYSTEM_MESSAGE, system_message)]
+    return CHAT_TEMPLATE.replace(*quoted)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -195,9 +204,11 @@ class MultiCoCoProcessor(ProcessorMixin):
             height, width = config.vision_config.image_size
             image_processor = GotOcr2ImageProcessorPil(
                 size={"height": height, "width": width},
-                crop_to_patches=raw_config.get("dynamic_image_size", True),
+                crop_to_patches=True,
                 min_patches=raw_config.get("min_dynamic_patch", 1),
-                max_patches=raw_config.get("max_dynamic_patch", 12),
+                max_patches=raw_config.get("max_dynamic_patch", 12)
+                if raw_config.get("dynamic_image_size", True)
+                else 1,
                 image_mean=IMAGENET_MEAN,
                 image_std=IMAGENET_STD,
             )
@@ -206,13 +217,12 @@ class MultiCoCoProcessor(ProcessorMixin):
         tokenizer = AutoTokenizer.from_pretrained(
             pretrained_model_name_or_path, config=config.text_config, trust_remote_code=False, **hub_kwargs
         )
-        kwargs = {name: value for name, value in kwargs.items() if name in ("num_thoughts", "chat_template")}
         return cls(
             image_processor,
             tokenizer,
             num_image_token=config.num_image_token,
-            num_thoughts=kwargs.pop("num_thoughts", config.num_thoughts),
-            **kwargs,
+            num_thoughts=kwargs.get("num_thoughts", config.num_thoughts),
+            chat_template=kwargs.get("chat_template", chat_template(config.system_message)),
         )
 
     @property

@@ -393,7 +393,7 @@ def test_original_folder_follows_its_configuration(tmp_path):
     assert limited(images=picture("big"), text="<image>")["num_patches_list"][0] <= 3
     path.write_text(json.dumps({**config, "dynamic_image_size": False}))
     whole = MultiCoCoProcessor.from_pretrained(tmp_path / "own")
-    assert whole.image_processor.crop_to_patches is False
+    assert whole(images=picture("big"), text="<image>")["num_patches_list"] == [1]
 
 
 def test_torchvision_is_not_imported(processor):
@@ -474,3 +474,20 @@ def test_preparing_a_tokenizer_twice_changes_nothing(tokenizer):
     assert prepare_tokenizer(tokenizer) == 0
     assert len(tokenizer) == length
     assert {token: tokenizer.convert_tokens_to_ids(token) for token in RESERVED_TOKENS} == before
+
+
+def test_settings_of_an_original_configuration_reach_the_processor(tmp_path):
+    """No dynamic tiling means one tile; a system message of the checkpoint is the prompt's, quotes included."""
+    shutil.copytree(CHECKPOINT, tmp_path / "original")
+    path = tmp_path / "original" / "config.json"
+    config = json.loads(path.read_text())
+    message = "Say \"yes\" or 'no'.\nNothing else, C:\\ too."
+    path.write_text(json.dumps({**config, "dynamic_image_size": False, "system_message": message}))
+    processor = MultiCoCoProcessor.from_pretrained(tmp_path / "original")
+    conversation = [{"role": "user", "content": "<image>\nHi"}]
+    prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)
+    assert prompt.startswith(f"<|im_start|>system\n{message}<|im_end|>\n<|im_start|>user\n<image>\nHi")
+    assert processor(images=[Image.new("RGB", (300, 20))], text=prompt)["num_patches_list"] == [1]
+    processor.save_pretrained(tmp_path / "own")
+    again = MultiCoCoProcessor.from_pretrained(tmp_path / "own")
+    assert again.apply_chat_template(conversation, add_generation_prompt=True) == prompt

@@ -18,10 +18,9 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens
 from multicoco.configuration_multicoco import IMAGE_CONTEXT_TOKEN
 from multicoco.processing_multicoco import (
-    CHAT_TEMPLATE,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    SYSTEM_MESSAGE,
+    chat_template,
 )
 from multicoco.recipes.trails.prepare import CELL_PIXELS, COLOURS, cell_name, make_question
 
@@ -91,7 +90,7 @@ def make_processor(size: int, max_arrows: int) -> MultiCoCoProcessor:
         image_processor,
         make_tokenizer(size, max_arrows),
         num_image_token=size * size,
-        chat_template=CHAT_TEMPLATE.replace(SYSTEM_MESSAGE, SHORT_SYSTEM_MESSAGE),
+        chat_template=chat_template(SHORT_SYSTEM_MESSAGE),
     )
 
 
