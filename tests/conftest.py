@@ -39,6 +39,20 @@ def shared_model(processor):
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def computed(shared_model):
+    """The modules of the shared model that ran, by name."""
+    names = []
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, name=name: names.append(name))
+        for name, module in shared_model.named_modules()
+        if name
+    ]
+    yield names
+    for handle in handles:
+        handle.remove()
+
+
 @pytest.fixture
 def model(shared_model):
     return copy.deepcopy(shared_model)

@@ -34,20 +34,6 @@ def assert_refused(call, *fragments):
     assert CURE.search(message), f"no cure in: {message}"
 
 
-@pytest.fixture(scope="module")
-def computed(shared_model):
-    """The modules of the shared model that ran, by name."""
-    names = []
-    handles = [
-        module.register_forward_pre_hook(lambda module, args, name=name: names.append(name))
-        for name, module in shared_model.named_modules()
-        if name
-    ]
-    yield names
-    for handle in handles:
-        handle.remove()
-
-
 @pytest.fixture
 def refused(computed):
     """[`assert_refused`], and that no module of the shared model ran."""

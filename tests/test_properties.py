@@ -31,20 +31,6 @@ def examples(default):
     )
 
 
-@pytest.fixture(scope="module")
-def computed(shared_model):
-    """The modules of the shared model that ran."""
-    names = []
-    handles = [
-        module.register_forward_pre_hook(lambda module, args, name=name: names.append(name))
-        for name, module in shared_model.named_modules()
-        if name
-    ]
-    yield names
-    for handle in handles:
-        handle.remove()
-
-
 # The processor.
 PIECES = ["<image>", "<image>\n", "", " ", "\n", "How many?", "书生", "é", "e\u0301", "😀", "\u200b", "0", "<", "|>"]
 PIECES += ["<IMG_CON", "TEXT>", "<ima", "ge>", "<|im_start|>user\n", "<|im_end|>\n", "<|endoftext|>", "[UNK]"]
