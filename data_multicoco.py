@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset as HubDataset
+from datasets import DatasetDict, load_dataset
 from datasets import Image as ImageFeature
-from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 from PIL import Image
 from transformers.utils import logging
 
+from .configuration_multicoco import IMAGE_CONTEXT_TOKEN, LATENT_TOKEN
 from .processing_multicoco import (
     IMAGE_PLACEHOLDER,
     RESERVED_TOKENS,
@@ -39,6 +41,7 @@ logger = logging.get_logger(__name__)
 
 ANSWER_MARK = "### "
 END_OF_TURN = "<|im_end|>"
+CHAT_TOKENS = ("<|im_start|>", END_OF_TURN)  # in a record's text they would end or open a turn
 MIXES = ("none", "linear", "uniform")
 TRAINING_MODES = ("coconut", "cot", "no_cot", "no_thoughts", "pause", "pause_loop")
 FIELDS = ("id", "images", "question", "choices", "steps", "answer", "answers")
@@ -77,7 +80,7 @@ class CurriculumArguments:
         default="none",
         metadata={
             "help": "Stage of a sample: none: the scheduled one. linear: any stage up to it, later ones more often "
-            "(i + 1). uniform: the original program's, any number of the record's own steps.",
+            "(i + 1). uniform: the original program's, any number of the record's own steps, at stage 0 too.",
             "choices": list(MIXES),
         },
     )
@@ -91,7 +94,6 @@ class CurriculumArguments:
             "choices": ["stage", "epoch", "never"],
         },
     )
-
     restart_schedule: bool = field(
         default=False,
         metadata={"help": "Start the learning rate again at every stage: warm-up, then cosine down to a tenth."},
@@ -157,7 +159,7 @@ class CurriculumArguments:
 
 def draw_stage(curriculum: CurriculumArguments, stage: int, num_steps: int, key: tuple[int, int, int]) -> int:
     """The stage of one sample. `key` (seed, epoch, index) makes the draw the same on every rank, worker and resume."""
-    if curriculum.mix == "none" or stage == 0 or curriculum.last_stage == 0:
+    if curriculum.mix == "none" or curriculum.last_stage == 0:
         return stage
     generator = np.random.default_rng(key)
     if generator.random() >= curriculum.mix_prob:
@@ -174,7 +176,7 @@ def compose(
     answer: Sequence[int],
     num_thoughts: int,
     num_gone: int,
-    block_ids: tuple[int, int, int] | None,
+    block_ids: tuple[int | None, int, int | None] | None,
 ) -> tuple[list[int], list[int]]:
     """
     `input_ids` and `labels` of one sample from its pieces.
@@ -183,12 +185,13 @@ def compose(
         question, steps, answer (`Sequence[int]`): Token ids of the pieces.
         num_thoughts (`int`): Latent tokens in the block.
         num_gone (`int`): Written steps left out, from the first.
-        block_ids (`tuple[int, int, int]`, *optional*): Ids of start marker, latent, end marker; `None` for no block.
+        block_ids (`tuple`, *optional*): Ids of start marker, latent, end marker; a marker that is `None` is left out.
+            `None` for no block.
     """
     prompt = list(question)
     if block_ids is not None:
         start, latent, end = block_ids
-        prompt += [start, *[latent] * num_thoughts, end]
+        prompt += [token for token in (start, *[latent] * num_thoughts, end) if token is not None]
     body = [token for step in steps[num_gone:] for token in step] + list(answer)
     return prompt + body, [-100] * len(prompt) + body
 
@@ -197,7 +200,7 @@ def compose(
 
 
 def load_records(
-    source: str | os.PathLike | HubDataset,
+    source: str | os.PathLike | Sequence[Mapping[str, Any]] | HubDataset | DatasetDict,
     columns: Mapping[str, str] | None = None,
     split: str = "train",
     needs_steps: bool = True,
@@ -208,8 +211,8 @@ def load_records(
     Reads and checks records `{"id", "images", "question", "choices", "steps", "answer", "answers"}`.
 
     Args:
-        source: A `.jsonl` or `.json` file, a folder or Hub name that `datasets.load_dataset` reads, or a data set.
-            Images of a file are paths relative to it; those of a data set are read when they are needed.
+        source: A `.jsonl` or `.json` file, a folder or Hub name that `datasets.load_dataset` reads, a data set, or a
+            list of records. Images of a file are paths relative to it; those of a data set are read when needed.
         columns (`Mapping[str, str]`, *optional*): Names of the fields in the source, as `{"steps": "rationale"}`.
         split (`str`, defaults to `"train"`): Split of a folder or Hub data set.
         needs_steps (`bool`, defaults to `True`): Whether a record without written steps is a defect.
@@ -219,29 +222,46 @@ def load_records(
     Raises:
         ValueError: at the first defect: the id of the record, the field, what came and how to mend it.
     """
-    if isinstance(source, (str, os.PathLike)) and Path(source).suffix in (".json", ".jsonl"):
-        rows, folder = _read_json(Path(source)), Path(source).parent.resolve()
-    else:
-        rows, folder = _read_dataset(source, split, columns or {}), None
+    columns = dict(columns or {})
+    if unknown := [name for name in columns if name not in FIELDS]:
+        raise ValueError(f"`columns` maps {unknown}, which are no fields of a record. The fields are {FIELDS}.")
+    rows, folder, name = source, None, f"a {type(source).__name__}"
+    if isinstance(source, (str, os.PathLike)):
+        name = f"`{source}`"
+        if Path(source).suffix in (".json", ".jsonl"):
+            rows, folder = _read_json(Path(source)), Path(source).parent.resolve()
+        else:
+            rows = _load_dataset(str(source), split)
+    if isinstance(rows, DatasetDict):
+        if split not in rows:
+            raise ValueError(
+                f"The data set has the splits {list(rows)}, not {split!r}. Choose one of them by `split`."
+            )
+        rows = rows[split]
+    if isinstance(rows, HubDataset):
+        rows = _read_dataset(rows, columns)
     records, defects, seen = [], [], set()
     for number, row in enumerate(rows):
-        row = {name: row.get((columns or {}).get(name, name)) for name in FIELDS}
         try:
-            record = _check_record(row, number, folder, needs_steps, allow_outside)
+            record = _check_record(row, columns, number, folder, needs_steps, allow_outside)
             if record["id"] in seen:
                 raise ValueError(f"Record {record['id']!r}: `id` stands twice. Give every record its own.")
         except ValueError as error:
             if not skip_bad_records:
                 raise
-            defects.append(str(error))
+            defects.append(error)
             continue
         seen.add(record["id"])
         records.append(record)
-    if defects:
-        logger.warning(f"{len(defects)} of {number + 1} records were left out:\n  " + "\n  ".join(defects))
+    _list_defects(defects)
     if not records:
-        raise ValueError(f"`{source}` has no usable record. Check the path, and `--skip_bad_records`.")
+        raise ValueError(f"{name} has no usable record. Check the path, the split and the list of defects, if any.")
     return records
+
+
+def _list_defects(defects: Sequence[ValueError]):
+    if defects:
+        logger.warning(f"{len(defects)} records were left out:\n  " + "\n  ".join(map(str, defects)))
 
 
 def question_text(record: Mapping[str, Any]) -> str:
@@ -254,25 +274,42 @@ def question_text(record: Mapping[str, Any]) -> str:
     return question
 
 
-def _read_json(path: Path) -> Iterable[dict]:
+def _read_json(path: Path) -> list:
+    """Rows of a file; in place of a line that is not JSON its error, so that it can be skipped as any bad record."""
     if not path.is_file():
-        raise ValueError(f"`{path}` does not exist, expected a .json or .jsonl file of records.")
-    text = path.read_text(encoding="utf-8")
+        raise ValueError(f"`{path}` does not exist, expected a .json or .jsonl file of records. Check the path.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{path}` is not UTF-8 text ({error}). Save it as UTF-8.") from error
     if path.suffix == ".json":
-        rows = json.loads(text)
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`{path}` is not valid JSON ({error}). Mend it, or name it .jsonl.") from error
         if not isinstance(rows, list):
-            raise ValueError(f"`{path}` holds a {type(rows).__name__}, expected a list of records.")
+            raise ValueError(
+                f"`{path}` holds a {type(rows).__name__}, expected a list of records. Put [ and ] around them."
+            )
         return rows
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # `splitlines` would also cut at U+2028 in a string
         if line.strip():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"`{path}`, line {number}: not valid JSON ({error}). Write one record a line."
-                ) from error
+                rows.append(ValueError(f"`{path}`, line {number}: not valid JSON ({error}). Write one record a line."))
     return rows
+
+
+def _load_dataset(source: str, split: str) -> HubDataset:
+    try:
+        return load_dataset(source, split=split)
+    except (OSError, ValueError, DatasetsError) as error:  # not found, no connection, no such split, broken files
+        raise ValueError(
+            f"`{source}`, split {split!r}: cannot be read as records: {error}. Give a .json or .jsonl file, a folder "
+            "of images with a metadata.jsonl, or the name of a data set."
+        ) from error
 
 
 class DatasetImage:
@@ -286,29 +323,37 @@ class DatasetImage:
         return value if self.index is None else value[self.index]
 
 
-def _read_dataset(source, split, columns) -> Iterable[dict]:
-    dataset = source if isinstance(source, HubDataset) else load_dataset(str(source), split=split)
+def _read_dataset(dataset: HubDataset, columns: Mapping[str, str]) -> Iterable[dict]:
+    """Rows without decoded images: an image column gives [`DatasetImage`]s, any other is passed on as it is."""
+    if missing := [name for name in columns.values() if name not in dataset.column_names]:
+        raise ValueError(f"`columns` names {missing}, but the data set has {dataset.column_names}. Correct the names.")
+    dataset = dataset.with_format(None)
     column = columns.get("images", "images" if "images" in dataset.column_names else "image")
-    names = [name for name in dataset.column_names if name != column]
-    texts = dataset.select_columns(names)
-    images = dataset.select_columns([column]) if column in dataset.column_names else None
+    feature = dataset.features.get(column)
+    is_list = not isinstance(feature, ImageFeature)
+    if not isinstance(getattr(feature, "feature", None) if is_list else feature, ImageFeature):
+        yield from dataset
+        return
+    images = dataset.select_columns([column])
+    undecoded = images.with_format("arrow")
+    texts = dataset.remove_columns([column]) if len(dataset.column_names) > 1 else [{}] * len(dataset)
     for number, row in enumerate(texts):
-        if images is not None:
-            feature = images.features[column]
-            count = None if isinstance(feature, ImageFeature) else len(images[number][column] or [])
-            row[columns.get("images", "images")] = [
-                DatasetImage(images, number, column, index) for index in ([None] if count is None else range(count))
-            ]
-        yield row
+        cell = undecoded[number][column][0]
+        indices = [] if not cell.is_valid else range(len(cell)) if is_list else [None]
+        yield {**row, column: [DatasetImage(images, number, column, index) for index in indices]}
 
 
-def _check_record(row, number, folder, needs_steps, allow_outside) -> dict[str, Any]:
+def _check_record(row, columns, number, folder, needs_steps, allow_outside) -> dict[str, Any]:
+    if isinstance(row, ValueError):
+        raise row
     if not isinstance(row, Mapping):
         raise ValueError(f"Record {number}: is a {type(row).__name__}, expected an object with fields {FIELDS}.")
+    image_column = columns.get("images", "images" if "images" in row else "image")  # `image` is the Hub's usual name
+    row = {name: row.get(columns.get(name, name)) for name in FIELDS} | {"images": row.get(image_column)}
     record_id = number if row["id"] is None else row["id"]
     where = f"Record {record_id!r}"
     if isinstance(record_id, bool) or not isinstance(record_id, (str, int)):
-        raise ValueError(f"Record {number}: `id` is {record_id!r:.100}, expected a string or an integer.")
+        raise ValueError(f"Record {number}: `id` is {record_id!r:.100}, expected a string or an integer. Change it.")
     for name in ("question", "answer"):
         if not isinstance(row[name], str) or not row[name].strip():
             raise ValueError(f"{where}: `{name}` is {row[name]!r:.100}, expected a non-empty string. Fill it in.")
@@ -325,7 +370,7 @@ def _check_record(row, number, folder, needs_steps, allow_outside) -> dict[str, 
         )
     for name in ("question", "answer", "steps", "choices"):
         for text in [row[name]] if isinstance(row[name], str) else row[name] or []:
-            for token in RESERVED_TOKENS + (() if name == "question" else (IMAGE_PLACEHOLDER,)):
+            for token in RESERVED_TOKENS + CHAT_TOKENS + (() if name == "question" else (IMAGE_PLACEHOLDER,)):
                 if token in text:
                     raise ValueError(f"{where}: `{name}` contains {token}, which is reserved. Remove or rephrase it.")
     images = row["images"] if row["images"] is not None else []
@@ -352,20 +397,35 @@ def _check_image(image, where, folder, allow_outside):
     if isinstance(image, (DatasetImage, Image.Image, bytes)):
         return image
     if not isinstance(image, (str, os.PathLike)):
-        raise ValueError(f"{where}: `images` holds a {type(image).__name__}, expected a path, a PIL image or bytes.")
+        raise ValueError(
+            f"{where}: `images` holds a {type(image).__name__}, expected a path, a PIL image or bytes. "
+            "Change it, or leave it out."
+        )
     path = (folder / image).resolve() if folder is not None else Path(image).resolve()
     if folder is not None and not allow_outside and not path.is_relative_to(folder):
         raise ValueError(
             f"{where}: `images` leaves the folder of the data: {image}. Move the image, or pass `--allow_outside`."
         )
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike `Path.is_file` also False for a name that is too long
         raise ValueError(
-            f"{where}: `images` names {path}, which does not exist. Paths are relative to the file of records."
+            f"{where}: `images` names {path!s:.200}, which does not exist. Paths are relative to the file of records."
         )
     return str(path)
 
 
 # --- batches -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TokenizedRecord:
+    """Token ids of the pieces of a record; the question with one visual token per image."""
+
+    record: Mapping[str, Any]
+    question: list[int]
+    steps: list[list[int]]
+    answer: list[int]
+    whole: list[int] | None  # the same text, tokenized in one go
+    num_patches_list: list[int] | None = None
 
 
 class StageDataset(torch.utils.data.Dataset):
@@ -381,6 +441,7 @@ class StageDataset(torch.utils.data.Dataset):
         curriculum ([`CurriculumArguments`]): The rules.
         seed (`int`, defaults to 42): Seed of the mixing.
         max_length (`int`, *optional*): Longest sequence allowed, at any stage.
+        skip_bad_records (`bool`, defaults to `False`): List and leave out records with a defect.
 
     Raises:
         ValueError: a record is too long, an image cannot be read, or pieces tokenize differently from the whole.
@@ -393,24 +454,45 @@ class StageDataset(torch.utils.data.Dataset):
         curriculum: CurriculumArguments,
         seed: int = 42,
         max_length: int | None = None,
+        skip_bad_records: bool = False,
     ):
-        self.records, self.curriculum, self.seed = records, curriculum, seed
+        self.curriculum, self.seed = curriculum, seed
         self.num_image_token = processor.num_image_token
         tokenizer = processor.tokenizer
-        self.image_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT_TOKEN)
         start, latent, end = tokenizer(thought_block(1), add_special_tokens=False)["input_ids"]
         self.block_ids = (start, latent, end) if curriculum.has_block else None
         self._clock = torch.zeros(2, dtype=torch.long).share_memory_()  # stage, epoch
-        self.num_patches = [_count_tiles(record, processor) for record in records]
-        self.questions, self.steps, self.answers = _tokenize(records, processor)
+        self.rows, defects = [], []
+        for row in _tokenize(records, processor):
+            try:
+                self._check(row, processor, max_length)
+                self.rows.append(row)
+            except ValueError as error:
+                if not skip_bad_records:
+                    raise
+                defects.append(error)
+        _list_defects(defects)
+        if not self.rows:
+            raise ValueError("No usable record is left. Check `records`, and the list of defects, if any.")
+        self.records = [row.record for row in self.rows]
+
+    def _check(self, row: TokenizedRecord, processor, max_length):
+        row.num_patches_list = _count_tiles(row.record, processor)
+        if [*row.question, *(token for step in row.steps for token in step), *row.answer] != row.whole:
+            raise ValueError(
+                f"Record {row.record['id']!r}: `steps` and `answer` tokenize differently in pieces and as a whole, so "
+                "the model would be trained on other tokens than it writes. Strip unusual characters at their ends."
+            )
+        row.whole = None  # only for this check
         if max_length is not None:
-            for index, record in enumerate(records):
-                length = max(len(self._compose(index, stage)[0]) for stage in range(curriculum.last_stage + 1))
-                if length > max_length:
-                    raise ValueError(
-                        f"Record {record['id']!r}: {length} tokens, more than `max_length` {max_length}. Raise it, "
-                        "lower `max_patches`, or shorten the record; nothing is truncated."
-                    )
+            length = max(len(self._compose(row, stage)[0]) for stage in range(self.curriculum.last_stage + 1))
+            if length > max_length:
+                raise ValueError(
+                    f"Record {row.record['id']!r}: `question`, `steps` and `answer` are {length} tokens, more than "
+                    f"`max_length` {max_length}. Raise it, lower `max_patches`, or shorten the record; nothing is "
+                    "truncated."
+                )
 
     @property
     def stage(self) -> int:
@@ -421,53 +503,58 @@ class StageDataset(torch.utils.data.Dataset):
         self._clock[0], self._clock[1] = stage, epoch
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
         stage, epoch = self._clock.tolist()
-        stage = draw_stage(self.curriculum, stage, len(self.steps[index]), (self.seed, epoch, index))
-        input_ids, labels = self._compose(index, stage)
-        return {"input_ids": input_ids, "labels": labels, **self._images(index)}
+        input_ids, labels = self._compose(
+            row, draw_stage(self.curriculum, stage, len(row.steps), (self.seed, epoch, index))
+        )
+        return {"input_ids": input_ids, "labels": labels, **self._images(row)}
 
     def prompt(self, index: int, stage: int | None = None) -> dict[str, Any]:
         """What a record is asked with after `stage`: as many thoughts as it was trained with, nothing after them."""
-        num_thoughts, _ = self.curriculum.budget(len(self.steps[index]), self.stage if stage is None else stage)
-        input_ids, _ = compose(self._question(index), [], [], num_thoughts, 0, self.block_ids)
-        return {"input_ids": input_ids, **self._images(index)}
+        row = self.rows[index]
+        num_thoughts, _ = self.curriculum.budget(len(row.steps), self.stage if stage is None else stage)
+        input_ids, _ = compose(self._question(row), [], [], num_thoughts, 0, self.block_ids)
+        return {"input_ids": input_ids, **self._images(row)}
 
     def max_new_tokens(self) -> int:
         """Tokens of the longest written steps and answer."""
-        return max(sum(map(len, steps)) + len(answer) for steps, answer in zip(self.steps, self.answers, strict=True))
+        return max(sum(map(len, row.steps)) + len(row.answer) for row in self.rows)
 
-    def _compose(self, index: int, stage: int) -> tuple[list[int], list[int]]:
-        num_thoughts, num_gone = self.curriculum.budget(len(self.steps[index]), stage)
-        pieces = self._question(index), self.steps[index], self.answers[index]
-        return compose(*pieces, num_thoughts, num_gone, self.block_ids)
+    def _compose(self, row: TokenizedRecord, stage: int) -> tuple[list[int], list[int]]:
+        num_thoughts, num_gone = self.curriculum.budget(len(row.steps), stage)
+        return compose(self._question(row), row.steps, row.answer, num_thoughts, num_gone, self.block_ids)
 
-    def _question(self, index: int) -> list[int]:
+    def _question(self, row: TokenizedRecord) -> list[int]:
         """The prompt with its image runs, from one visual token per image to all of them."""
-        runs = iter(self.num_patches[index])
+        runs = iter(row.num_patches_list)
         tokens = []
-        for token in self.questions[index]:
+        for token in row.question:
             tokens += [token] * (self.num_image_token * next(runs) if token == self.image_token_id else 1)
         return tokens
 
-    def _images(self, index: int) -> dict[str, Any]:
-        return {"images": self.records[index]["images"], "num_patches_list": self.num_patches[index]}
+    def _images(self, row: TokenizedRecord) -> dict[str, Any]:
+        return {"images": row.record["images"], "num_patches_list": row.num_patches_list}
 
 
 def _count_tiles(record, processor) -> list[int]:
     counts = []
     for index, image in enumerate(record["images"]):
-        if isinstance(image, str):
-            try:
-                with Image.open(image) as file:  # reads the header only
+        try:
+            if isinstance(image, str):
+                with Image.open(image) as file:  # the header, not the pixels
                     width, height = file.size
-            except OSError as error:
-                raise ValueError(f"Record {record['id']!r}: `images` {image} cannot be read: {error}") from error
-        else:
-            width, height = open_image(_load(image), 0, index).size
-        counts.append(processor.image_processor.get_number_of_image_patches(height, width, {}))
+            else:
+                width, height = open_image(_load(image), 0, index).size
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            name = image if isinstance(image, str) else f"number {index}"
+            raise ValueError(
+                f"Record {record['id']!r}: `images` {name} cannot be read: {error}. Mend the file, or leave it out."
+            ) from error
+        counts.append(processor.image_processor.get_number_of_image_patches(height, width, processor.images_kwargs))
     return counts
 
 
@@ -475,8 +562,7 @@ def _load(image):
     return image.open() if isinstance(image, DatasetImage) else image
 
 
-def _tokenize(records, processor):
-    """Token ids of questions (one visual token per image), steps and answers, checked to make up the whole."""
+def _tokenize(records, processor) -> Iterable[TokenizedRecord]:
     conversations = [[{"role": "user", "content": question_text(record)}] for record in records]
     prompts = processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
     prompts = [
@@ -485,25 +571,16 @@ def _tokenize(records, processor):
     ]
     steps = [[step + "\n" for step in record["steps"]] for record in records]
     answers = [ANSWER_MARK + record["answer"] + END_OF_TURN for record in records]
+    wholes = ["".join([prompt, *parts, answer]) for prompt, parts, answer in zip(prompts, steps, answers, strict=True)]
 
     def encode(texts):
-        return processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        return iter(processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
 
-    flat = iter(encode([step for record_steps in steps for step in record_steps]))
-    step_ids = [[next(flat) for _ in record_steps] for record_steps in steps]
-    question_ids, answer_ids = encode(prompts), encode(answers)
-    wholes = encode(
-        ["".join([prompt, *parts, answer]) for prompt, parts, answer in zip(prompts, steps, answers, strict=True)]
-    )
-    for record, question, parts, answer, whole in zip(
-        records, question_ids, step_ids, answer_ids, wholes, strict=True
-    ):
-        if question + [token for part in parts for token in part] + answer != whole:
-            raise ValueError(
-                f"Record {record['id']!r}: `steps` and `answer` tokenize differently in pieces and as a whole, so the "
-                "model would be trained on other tokens than it writes. Strip unusual characters at their ends."
-            )
-    return question_ids, step_ids, answer_ids
+    prompts, answers, wholes = encode(prompts), encode(answers), encode(wholes)
+    flat_steps = encode([step for record_steps in steps for step in record_steps])
+    for record in records:
+        step_ids = [next(flat_steps) for _ in record["steps"]]
+        yield TokenizedRecord(record, next(prompts), step_ids, next(answers), next(wholes))
 
 
 class ReasoningCollator:
@@ -526,7 +603,8 @@ class ReasoningCollator:
     def __init__(self, processor: MultiCoCoProcessor):
         self.processor = processor
         self.pad_token_id = processor.tokenizer.pad_token_id
-        self.latent_token_id = processor.tokenizer.convert_tokens_to_ids("<|latent|>")
+        self.latent_token_id = processor.tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
+        self.image_token_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT_TOKEN)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         firsts = [
@@ -560,18 +638,16 @@ class ReasoningCollator:
 
     def _pixels(self, features) -> dict[str, Any]:
         expected = [count for feature in features for count in feature.get("num_patches_list", [])]
+        for sample, feature in enumerate(features):
+            self._check_images(sample, feature)
         if not expected:
             return {}
-        if any("images" not in feature for feature in features):
-            raise ValueError(
-                "`images` is missing from the samples. Set `remove_unused_columns=False` in TrainingArguments."
-            )
         images = [
             open_image(_load(image), sample, index)
             for sample, feature in enumerate(features)
-            for index, image in enumerate(feature["images"])
+            for index, image in enumerate(feature.get("images", []))
         ]
-        tiles = self.processor.image_processor(images, return_tensors="pt")
+        tiles = self.processor.image_processor(images, return_tensors="pt", **self.processor.images_kwargs)
         num_patches_list = [int(count) for count in tiles["num_patches"]]
         if num_patches_list != expected:
             raise ValueError(
@@ -579,3 +655,21 @@ class ReasoningCollator:
                 "Has a file changed since the start? Run again."
             )
         return {"pixel_values": tiles["pixel_values"], "num_patches_list": num_patches_list}
+
+    def _check_images(self, sample: int, feature: Mapping[str, Any]):
+        visual = [place for place, token in enumerate(feature["input_ids"]) if token == self.image_token_id]
+        if not visual:
+            return
+        if "images" not in feature or "num_patches_list" not in feature:
+            raise ValueError(
+                f"Sample {sample}: `images` or `num_patches_list` is missing, but the text has images. Set "
+                "`remove_unused_columns=False` in TrainingArguments."
+            )
+        wanted = self.processor.num_image_token * sum(feature["num_patches_list"])
+        if len(visual) != wanted:
+            raise ValueError(
+                f"Sample {sample}: {len(visual)} visual tokens, but `num_patches_list` {feature['num_patches_list']} "
+                f"needs {wanted}. Take both from the same StageDataset."
+            )
+        if self.latent_token_id in feature["input_ids"][: visual[-1]]:
+            raise ValueError(f"Sample {sample}: a thought stands before an image. Put the images into the question.")

@@ -439,6 +439,8 @@ def open_image(image, sample: int, index: int) -> Image.Image:
     try:
         if isinstance(image, (bytes, bytearray)):
             image = Image.open(BytesIO(image))
+        elif isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
+            image = Image.open(image)  # `load_image` would turn a photograph by its EXIF, which InternVL does not
         elif isinstance(image, (str, os.PathLike)):
             image = load_image(os.fspath(image))
         elif not isinstance(image, Image.Image):

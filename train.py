@@ -97,7 +97,8 @@ class StageTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None and self.curriculum.restart_schedule:
-            steps_per_epoch = num_training_steps / self.args.num_train_epochs
+            batch_size = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+            steps_per_epoch = math.ceil(len(self.train_dataset) / batch_size)
             warmup = self.args.get_warmup_steps(num_training_steps)
             first = self.curriculum.first_epochs * steps_per_epoch
             later = self.curriculum.epochs_per_stage * steps_per_epoch
@@ -115,11 +116,18 @@ class StageTrainer(Trainer):
 
 def parse(arguments: list[str]):
     """The dataclasses, and for each setting that was given where it came from."""
-    files = [
-        place
-        for place, argument in enumerate(arguments)
-        if argument.endswith((".yaml", ".yml", ".json")) and not (place and arguments[place - 1].startswith("--"))
-    ]
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, CurriculumArguments, TrainingArguments),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    switches = {name for action in parser._actions if action.nargs in ("?", 0) for name in action.option_strings}
+    files = []
+    for place, argument in enumerate(arguments):
+        before = arguments[place - 1] if place else ""
+        is_value = before.startswith("--") and "=" not in before and before not in switches
+        if argument.endswith((".yaml", ".yml", ".json")) and not argument.startswith("--") and not is_value:
+            files.append(place)
     if len(files) > 1:
         raise ValueError(f"Give one settings file, got {[arguments[place] for place in files]}.")
     flags = [argument for place, argument in enumerate(arguments) if place not in files]
@@ -131,23 +139,24 @@ def parse(arguments: list[str]):
                 f"{arguments[place]} holds a {type(settings).__name__}, expected names and values of flags."
             )
         for name, value in settings.items():
+            if value is None:  # as if it were not there
+                continue
             values = value if isinstance(value, list) else [value]
             from_file += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
             sources[name] = arguments[place]
-    sources.update({flag[2:].split("=")[0]: "command line" for flag in flags if flag.startswith("--")})
+    for flag in flags:
+        if flag.startswith("--"):
+            action = parser._option_string_actions.get(flag.split("=")[0])
+            sources[action.dest if action else flag] = "command line"
     arguments = [*from_file, *flags]
     if "deepspeed" in sources and not torch.cuda.is_available():
         arguments += _prepare_deepspeed_on_cpu()
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, CurriculumArguments, TrainingArguments),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     model_args, data_args, curriculum, args = parser.parse_args_into_dataclasses(args=arguments)
     if "num_train_epochs" not in sources and args.max_steps <= 0:
         args.num_train_epochs = curriculum.num_epochs
         sources["num_train_epochs"] = "curriculum"
     args.remove_unused_columns = False  # the collator reads `images`
+    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
     return model_args, data_args, curriculum, args, sources
 
 
@@ -167,8 +176,7 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, processor: M
     The model with its thought tokens. A checkpoint that lacks them gets them once, on one process and unsharded, in
     `output_dir/start`, before DeepSpeed partitions anything; then all ranks load that.
     """
-    name, kwargs = model_args.model_name_or_path, {"attn_implementation": model_args.attn_implementation}
-    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    name = model_args.model_name_or_path
     if MultiCoCoConfig.from_pretrained(name).latent_token_id is None:
         start = Path(args.output_dir) / "start"
         unset_hf_deepspeed_config()
@@ -177,13 +185,13 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, processor: M
                 model = MultiCoCoForConditionalGeneration.from_pretrained(name, dtype="auto")
                 add_thought_tokens(model, processor.tokenizer, model_args.init_latents_from)
                 model.save_pretrained(start)
-        if args.hf_deepspeed_config is not None:
+        if getattr(args, "hf_deepspeed_config", None) is not None:
             set_hf_deepspeed_config(args.hf_deepspeed_config)
         name = start
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    model = MultiCoCoForConditionalGeneration.from_pretrained(
-        name, dtype=dtype if args.bf16 else torch.float32, **kwargs
-    )
+    # Only DeepSpeed keeps the weights in float32 beside a bfloat16 model; in plain bfloat16 small updates are lost.
+    dtype = torch.bfloat16 if args.bf16 and args.deepspeed else torch.float32
+    kwargs = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+    model = MultiCoCoForConditionalGeneration.from_pretrained(name, dtype=dtype, **kwargs)
     for freeze, module in (
         (model_args.freeze_backbone, model.model.vision_tower),
         (model_args.freeze_mlp, model.model.multi_modal_projector),
@@ -200,6 +208,7 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, processor: M
             lora_alpha=model_args.lora_alpha or 2 * model_args.lora_rank,
             target_modules=r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj",
             modules_to_save=["embed_tokens", "lm_head"],  # thought tokens are new rows
+            ensure_weight_tying=model.config.tie_word_embeddings,
         )
         model = get_peft_model(model, lora)
     return model
@@ -226,7 +235,7 @@ def show_settings(groups, sources):
 
 
 def show_results(log_history: list[dict], output_dir: str):
-    """The table of stages in the terminal, and results.json and results.png beside the model."""
+    """The table of stages in the terminal, and results.json beside the model."""
     rows = [entry for entry in log_history if "eval/accuracy" in entry]
     print(
         f"\n{'stage':>5}  {'thoughts':>8}  {'accuracy':>8}  {'95 % interval':>15}  {'new tokens':>10}  {'samples':>7}"
@@ -265,7 +274,14 @@ def main(arguments: list[str] | None = None):
             allow_outside=data_args.allow_outside,
             skip_bad_records=data_args.skip_bad_records,
         )
-        return StageDataset(records, processor, curriculum, seed=args.seed, max_length=data_args.max_length)
+        return StageDataset(
+            records,
+            processor,
+            curriculum,
+            seed=args.seed,
+            max_length=data_args.max_length,
+            skip_bad_records=data_args.skip_bad_records,
+        )
 
     train_dataset = load(data_args.train_file, needs_steps=curriculum.mode != "no_cot")
     eval_dataset = load(data_args.eval_file, needs_steps=False) if data_args.eval_file else None
@@ -304,3 +320,6 @@ def main(arguments: list[str] | None = None):
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # no rank leaves while another still writes
+        torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends without this

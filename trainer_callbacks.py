@@ -1,4 +1,4 @@
-"""What multicoco adds to the stock `Trainer`: the curriculum, and answers generated while training.
+"""What multicoco adds to the stock `Trainer`: the curriculum, answers generated while training, safe checkpoints.
 
     Trainer(model, args, train_dataset=dataset, data_collator=ReasoningCollator(processor),
             callbacks=[CurriculumCallback(curriculum, dataset)])          # args.remove_unused_columns=False
@@ -7,6 +7,7 @@ Stages are a pure function of the epoch, so resuming is exact and ranks agree wi
 tokenizer.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class CurriculumCallback(TrainerCallback):
     Moves the data to the stage of the epoch that begins, and keeps the model's configuration in step with it.
 
     At a new stage Adam's moments are cleared in place (`reset_optimizer_every`), on one process, DDP and ZeRO-1/2/3.
-    Every checkpoint so says which stage it was trained at and how many thoughts to use.
+    Every checkpoint says which stage it was trained at and how many thoughts to use; so does the log.
 
     Args:
         curriculum ([`CurriculumArguments`]): The schedule.
@@ -58,13 +59,14 @@ class CurriculumCallback(TrainerCallback):
             logger.info(f"Stage {self.stage}: the optimizer's moments are cleared.")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        values = {
-            "curriculum/stage": self.stage,
-            "curriculum/num_thoughts": self.curriculum.num_thoughts(self.stage) or 0,
-        }
-        if logs is not None and "loss" in logs:
-            logs.update(values)
-            state.log_history[-1].update(values)
+        if "loss" in logs:
+            num_thoughts = self.curriculum.num_thoughts(self.stage) or 0
+            _add_to_log(state, logs, {"curriculum/stage": self.stage, "curriculum/num_thoughts": num_thoughts})
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and not (folder / "config.json").exists():  # of adapters, peft saves no config
+            model.config.save_pretrained(folder)
 
     def _enter(self, epoch: int, model, processing_class):
         self.stage = self.curriculum.stage(epoch)
@@ -76,6 +78,12 @@ class CurriculumCallback(TrainerCallback):
         config.c_thought, config.max_latent_stage = self.curriculum.c_thought, self.curriculum.max_latent_stage
         if hasattr(processing_class, "num_thoughts"):
             processing_class.num_thoughts = num_thoughts
+
+
+def _add_to_log(state, logs, values):
+    """To what is reported (`logs`) and to what is kept: the trainer has appended a copy to the history already."""
+    logs.update(values)
+    state.log_history[-1].update(values)
 
 
 def reset_optimizer(optimizer) -> None:
@@ -154,20 +162,20 @@ class AnswerCallback(TrainerCallback):
         self.batch_size, self.every, self.generate_kwargs = batch_size, every, generate_kwargs or {}
         self.pending = {}
 
-    def on_epoch_end(self, args, state, control, model=None, **kwargs):
-        epoch = round(state.epoch)  # epochs that are done
-        stage = self.curriculum.stage(epoch - 1)
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        # Not `on_epoch_end`: that comes after the checkpoint of an epoch's last step, which would lack the answers.
         is_last = state.global_step >= state.max_steps
-        ends = is_last or self.every == "epoch" or (self.every == "stage" and self.curriculum.stage(epoch) != stage)
-        if ends:
+        if not is_last and state.epoch % 1 > 0:
+            return
+        epoch = math.ceil(state.epoch)  # epochs that are done
+        stage = self.curriculum.stage(epoch - 1)
+        if is_last or self.every == "epoch" or (self.every == "stage" and self.curriculum.stage(epoch) != stage):
             self.pending = self.measure(model, stage, disable_tqdm=args.disable_tqdm)
             control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs is not None and self.pending:
-            logs.update(self.pending)
-            state.log_history[-1].update(self.pending)
-            self.pending = {}
+        _add_to_log(state, logs, self.pending)
+        self.pending = {}
 
     @torch.no_grad()
     def measure(self, model, stage: int, disable_tqdm: bool = False) -> dict[str, float]:
@@ -176,28 +184,25 @@ class AnswerCallback(TrainerCallback):
         rank = dist.get_rank() if dist.is_initialized() else 0
         share = -(-len(self.dataset) // world)  # the same for all ranks; surplus places repeat and are not counted
         indices = list(range(rank, len(self.dataset), world))
+        generate_kwargs = {"max_new_tokens": self.dataset.max_new_tokens(), **self.generate_kwargs}
         was_training = model.training
         model.eval()
-        totals = torch.zeros(3, dtype=torch.float64)  # correct, tokens, samples
+        totals = torch.zeros(3, dtype=torch.long)  # correct, tokens, samples
         starts = range(0, share, self.batch_size)
         for start in tqdm(starts, desc=f"answers at stage {stage}", leave=False, disable=disable_tqdm or rank > 0):
             places = range(start, min(start + self.batch_size, share))
             chosen = [indices[place] if place < len(indices) else rank % len(self.dataset) for place in places]
             batch = self.collator.prompts([self.dataset.prompt(index, stage) for index in chosen])
             length = batch["input_ids"].shape[1]
-            batch = {
-                name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()
-            }
-            output = model.generate(
-                **batch, **{"max_new_tokens": self.dataset.max_new_tokens(), **self.generate_kwargs}
-            )
+            batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+            output = model.generate(**batch, **generate_kwargs)
             for place, index, tokens in zip(places, chosen, output[:, length:].tolist(), strict=True):
                 if place < len(indices):
                     tokens = [token for token in tokens if token != self.collator.pad_token_id]
                     totals += torch.tensor([self.is_correct(tokens, index), len(tokens), 1])
         model.train(was_training)
         if world > 1:
-            totals = totals.to(model.device, torch.float32)
+            totals = totals.to(model.device)
             dist.all_reduce(totals)
         correct, tokens, count = totals.tolist()
         return {
@@ -205,5 +210,5 @@ class AnswerCallback(TrainerCallback):
             "eval/accuracy": correct / count,
             "eval/new_tokens": tokens / count,
             "eval/num_thoughts": self.curriculum.num_thoughts(stage) or 0,
-            "eval/samples": int(count),
+            "eval/samples": count,
         }

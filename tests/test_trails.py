@@ -267,7 +267,7 @@ def test_every_word_of_the_recipe_is_one_token(size, max_arrows):
     tokenizer = start_model.make_processor(size, max_arrows).tokenizer
     names = [f"{column}{row}" for column in "ABCDEF"[:size] for row in range(1, size + 1)]
     words = {f"### {colour}" for colour in prepare.COLOURS} | {f" {number}" for number in range(1, max_arrows + 1)}
-    words |= {f" {name}" for name in names} | {f"{name}\n" for name in names}
+    words |= {f" {name}" for name in names} | {*names, "\n"}
     for board in boards(20, size, max_arrows):
         words |= set(re.findall(r" ?\w+|[.?]", prepare.make_record(board, "train", 0)["question"]))
     words |= {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"}
@@ -285,7 +285,7 @@ def test_pieces_tokenized_alone_equal_the_whole(trails_processor, pictures):
         pieces = [prompt, *(f"{step}\n" for step in record["steps"]), f"### {record['answer']}", "<|im_end|>"]
         whole = tokenizer.encode("".join(pieces))
         assert [token for piece in pieces for token in tokenizer.encode(piece)] == whole
-        assert len(whole) - len(tokenizer.encode(prompt)) == len(record["steps"]) + 2
+        assert len(whole) - len(tokenizer.encode(prompt)) == 2 * len(record["steps"]) + 2
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_prompt_is_short_and_the_picture_arrives_pixel_by_pixel(trails_processor
     )
     tokens = trails_processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
     assert tokens.count("<IMG_CONTEXT>") == 16
-    assert len(tokens) == 47
+    assert len(tokens) == 50
     assert inputs["num_patches_list"] == [1]
     with Image.open(pictures / record["images"][0]) as image:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255

@@ -1,0 +1,262 @@
+"""The callbacks in the stock `Trainer`: stages, moments, saved budgets, resuming bit for bit, answers, marks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor
+from multicoco.data_multicoco import CurriculumArguments, ReasoningCollator, StageDataset, load_records
+from multicoco.recipes.trails.prepare import prepare
+from multicoco.recipes.trails.start_model import make_start_model
+from multicoco.trainer_callbacks import (
+    AnswerCallback,
+    CompletionCallback,
+    CurriculumCallback,
+    last_complete_checkpoint,
+)
+
+
+# 20 boards in batches of 4: 5 steps an epoch. Epochs are at stages 0 0 1 2, so steps 10 and 15 end a stage.
+STAGES = [0] * 10 + [1] * 5 + [2] * 5
+CURRICULUM = {"c_thought": 1, "max_latent_stage": 2, "final_stage": False, "epochs_per_stage": 1, "epochs_stage_0": 2}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    make_start_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trails_processor(start):
+    return MultiCoCoProcessor.from_pretrained(start)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "trails"
+    prepare(folder, num_train=20, num_val=7)
+    return {split: load_records(folder / f"{split}.jsonl") for split in ("train", "val")}
+
+
+class Spy(TrainerCallback):
+    """What every step saw: latent tokens and ids of its batch, and how many updates Adam's moments hold after it."""
+
+    def __init__(self, model, latent_id):
+        self.batches, self.latents, self.updates, self.trains = [], [], [], []
+        self.latent_id = latent_id
+        model.register_forward_pre_hook(self.see, with_kwargs=True)
+
+    def see(self, model, args, kwargs):
+        if model.training and kwargs.get("labels") is not None:
+            self.batches.append(kwargs["input_ids"].tolist())
+            self.latents.append(int((kwargs["input_ids"] == self.latent_id).sum(1).max()))
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.updates.append({int(value["step"]) for value in optimizer.state.values()})
+        self.trains.append(model.training)
+
+
+@pytest.fixture
+def run(start, data, trails_processor, tmp_path):
+    """Trains on the 20 boards; returns the trainer and its spy."""
+
+    def train(resume=None, callbacks=None, settings=None, **curriculum):
+        curriculum = CurriculumArguments(**{**CURRICULUM, **curriculum})
+        dataset = StageDataset(data["train"], trails_processor, curriculum, seed=1)
+        model = MultiCoCoForConditionalGeneration.from_pretrained(start)
+        spy = Spy(model, model.config.latent_token_id)
+        values = {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "num_train_epochs": curriculum.num_epochs,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "remove_unused_columns": False,
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        extra = callbacks(model, dataset, curriculum) if callbacks else []
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(**{**values, **(settings or {})}),
+            train_dataset=dataset,
+            data_collator=ReasoningCollator(trails_processor),
+            processing_class=trails_processor,
+            callbacks=[CurriculumCallback(curriculum, dataset), CompletionCallback(), *extra, spy],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, spy
+
+    return train
+
+
+def losses(trainer):
+    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+
+def assert_same_weights(model, other):
+    for (name, param), value in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(param, value), name
+
+
+def test_every_step_sees_its_stage_and_every_checkpoint_says_it(run, tmp_path):
+    trainer, spy = run(settings={"save_strategy": "steps", "save_steps": 5})
+    assert spy.latents == STAGES
+    logged = [entry["curriculum/stage"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == STAGES
+    for step in (5, 10, 15, 20):
+        checkpoint = tmp_path / "out" / f"checkpoint-{step}"
+        config, stage = MultiCoCoConfig.from_pretrained(checkpoint), STAGES[step - 1]
+        assert (config.stage, config.num_thoughts, config.mode) == (stage, stage, "coconut")
+        assert MultiCoCoProcessor.from_pretrained(checkpoint).num_thoughts == stage
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [
+        ("stage", [*range(1, 11), *range(1, 6), *range(1, 6)]),
+        ("epoch", [*range(1, 6)] * 4),
+        ("never", [*range(1, 21)]),
+    ],
+    ids=["stage", "epoch", "never"],
+)
+def test_moments_are_cleared_when_asked_and_only_then(run, every, expected):
+    _, spy = run(reset_optimizer_every=every)
+    assert spy.updates == [{count} for count in expected]
+
+
+def test_after_a_clearing_no_moment_is_left(run):
+    class Look(TrainerCallback):
+        cleared = []
+
+        def on_epoch_begin(self, args, state, control, optimizer=None, **kwargs):
+            values = [value for entry in optimizer.state.values() for value in entry.values()]
+            self.cleared.append(all(not value.any() for value in values))
+
+    run(callbacks=lambda *_: [Look()])
+    assert Look.cleared == [True, False, True, True]  # before the first step there is none
+
+
+@pytest.mark.parametrize("mode", ["coconut", "cot", "no_cot", "no_thoughts", "pause", "pause_loop"])
+def test_a_mode_trains_and_is_saved(run, tmp_path, mode):
+    trainer, spy = run(mode=mode, epochs_stage_0=0, settings={"max_steps": 2})
+    trainer.save_model(tmp_path / "saved")
+    config = MultiCoCoConfig.from_pretrained(tmp_path / "saved")
+    has_thoughts = mode in ("coconut", "pause", "pause_loop")
+    assert spy.latents == [int(has_thoughts)] * 2
+    assert (config.mode, config.stage) == (mode, 0 if mode in ("cot", "no_cot") else 1)
+    assert all(torch.isfinite(torch.tensor(loss)) for loss in losses(trainer).values())
+
+
+def test_removing_unused_columns_is_refused(run):
+    with pytest.raises(ValueError, match="remove_unused_columns"):
+        run(settings={"remove_unused_columns": True})
+
+
+@pytest.mark.parametrize("workers", [0, 2], ids=["no_workers", "two_workers"])
+def test_resuming_continues_stages_batches_and_losses_bit_for_bit(run, tmp_path, workers):
+    settings = {"save_strategy": "steps", "save_steps": 3, "dataloader_num_workers": workers, "seed": 3}
+    settings["dataloader_persistent_workers"] = workers > 0
+    whole, spy = run(settings=settings, mix="linear")
+    for step in (12, 15):  # in the middle of stage 1, and at its end
+        again, rest = run(f"{tmp_path}/out/checkpoint-{step}", settings=settings, mix="linear")
+        assert rest.batches == spy.batches[step:]
+        assert rest.updates == spy.updates[step:]
+        assert losses(again) == losses(whole)
+        assert_same_weights(again.model, whole.model)
+
+
+def test_the_same_seed_repeats_and_another_does_not(run):
+    settings = {"max_steps": 12}
+    first, again, other = (run(settings={**settings, "seed": seed})[0] for seed in (1, 1, 2))
+    assert losses(first) == losses(again)
+    assert_same_weights(first.model, again.model)
+    assert losses(first) != losses(other)
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch(run):
+    settings = {"max_steps": 6, "max_grad_norm": 0.0, "learning_rate": 1e-2, "optim": "sgd"}
+    runs = [
+        run(
+            epochs_stage_0=1,
+            settings={**settings, "per_device_train_batch_size": size, "gradient_accumulation_steps": k},
+        )
+        for size, k in ((8, 1), (1, 8))
+    ]
+    (large, _), (small, _) = runs
+    assert losses(small) == pytest.approx(losses(large), rel=1e-5)
+    for (name, param), value in zip(small.model.named_parameters(), large.model.parameters(), strict=True):
+        assert torch.allclose(param, value, rtol=1e-4, atol=1e-6), name
+
+
+def answers(data, processor, asked, **settings):
+    """An `AnswerCallback` whose judge notes each sample, and says that every third is right."""
+
+    def make(model, dataset, curriculum):
+        val = StageDataset(data["val"], processor, curriculum)
+
+        def is_correct(tokens, index):
+            asked.append(index)
+            return index % 3 == 0
+
+        return [AnswerCallback(curriculum, val, ReasoningCollator(processor), is_correct, batch_size=3, **settings)]
+
+    return make
+
+
+def rows(trainer):
+    return [entry for entry in trainer.state.log_history if "eval/accuracy" in entry]
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [("stage", [10, 15, 20]), ("epoch", [5, 10, 15, 20]), ("end", [20])], ids=str
+)
+def test_each_sample_is_asked_once_when_asked_for(run, data, trails_processor, every, steps):
+    asked = []
+    trainer, spy = run(callbacks=answers(data, trails_processor, asked, every=every), settings={"logging_steps": 7})
+    assert asked == [*range(7)] * len(steps)  # 7 samples in batches of 3
+    assert [row["step"] for row in rows(trainer)] == steps
+    assert [row["eval/stage"] for row in rows(trainer)] == [STAGES[step - 1] for step in steps]
+    assert {row["eval/accuracy"] for row in rows(trainer)} == {3 / 7}
+    assert {row["eval/samples"] for row in rows(trainer)} == {7}
+    assert all(spy.trains)
+
+
+def test_a_checkpoint_at_the_end_of_a_stage_has_its_answers(run, data, trails_processor, tmp_path):
+    run(
+        callbacks=answers(data, trails_processor, []),
+        settings={"save_strategy": "steps", "save_steps": 5, "max_steps": 16},
+    )
+    for step, expected in ((5, []), (10, [0]), (15, [0, 1])):
+        state = json.loads((tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert [row["eval/stage"] for row in state["log_history"] if "eval/stage" in row] == expected
+
+
+def test_only_a_marked_checkpoint_is_resumed_from(tmp_path):
+    assert last_complete_checkpoint(tmp_path) is None
+    for step, is_complete in ((9, True), (30, False), (100, True), (200, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+        if is_complete:
+            (folder / "complete").touch()
+    assert Path(last_complete_checkpoint(tmp_path)).name == "checkpoint-100"
+
+
+def test_a_checkpoint_that_will_be_written_again_loses_its_mark(run, tmp_path):
+    stale = tmp_path / "out" / "checkpoint-400"
+    stale.mkdir(parents=True)
+    (stale / "complete").touch()
+    run(settings={"save_strategy": "steps", "save_steps": 2, "max_steps": 3})
+    assert Path(last_complete_checkpoint(tmp_path / "out")).name == "checkpoint-3"
+
+
+def test_a_single_checkpoint_is_refused(run):
+    with pytest.raises(ValueError, match="save_total_limit"):
+        run(settings={"save_total_limit": 1})

@@ -1,0 +1,279 @@
+"""`train.py`: settings, modes, frozen parts, adapters, a run that is killed, and runs of two ranks equal to one."""
+
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import CHECKPOINT
+from safetensors.torch import load_file
+
+from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, train
+from multicoco.recipes.trails.prepare import prepare
+from multicoco.recipes.trails.start_model import make_start_model
+from multicoco.trainer_callbacks import last_complete_checkpoint
+
+
+ROOT = Path(train.__file__).parent
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Boards, a start model, and `settings.yaml`: 24 boards in batches of 8, so 3 steps an epoch; stages 0 0 1 2."""
+    folder = tmp_path_factory.mktemp("train")
+    prepare(folder / "trails", num_train=24, num_val=7)
+    make_start_model(folder / "start")
+    settings = {
+        "model_name_or_path": str(folder / "start"),
+        "train_file": str(folder / "trails" / "train.jsonl"),
+        "eval_file": str(folder / "trails" / "val.jsonl"),
+        "output_dir": str(folder / "out"),
+        "c_thought": 1,
+        "max_latent_stage": 2,
+        "final_stage": False,
+        "epochs_stage_0": 2,
+        "epochs_per_stage": 1,
+        "mix": "linear",
+        "restart_schedule": True,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1.0e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "answer_batch_size": 3,
+    }
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def start_process(arguments):
+    threads = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **threads},
+    )
+
+
+def history(output_dir):
+    """Of a run's log all that does not depend on the time it took."""
+    log = json.loads((Path(output_dir) / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in log if "loss" in entry]
+
+
+def run_here(folder, name, *flags):
+    train.main([str(folder / "settings.yaml"), "--output_dir", str(folder / name), "--use_cpu", *map(str, flags)])
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """The run of one process without an interruption."""
+    return run_here(folder, "whole")
+
+
+# --- settings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, settings):
+        text = json.dumps(settings) if name.endswith(".json") else yaml.safe_dump(settings)
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+NEEDED = {"model_name_or_path": "some/model", "train_file": "some.jsonl"}
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.yml", "a.json"])
+def test_flags_win_over_the_file_and_each_setting_tells_its_source(write, name):
+    path = write(name, {**NEEDED, "learning_rate": 1e-3, "final_stage": True, "seed": 5, "bf16": None})
+    model, data, curriculum, args, sources = train.parse(
+        [path, "--seed=7", "--no_final_stage", "--weight-decay", "0.5"]
+    )
+    assert (model.model_name_or_path, data.train_file) == ("some/model", "some.jsonl")
+    assert (args.learning_rate, args.seed, args.weight_decay, curriculum.final_stage) == (1e-3, 7, 0.5, False)
+    assert args.bf16 is False
+    assert sources["learning_rate"] == path
+    assert {sources[key] for key in ("seed", "final_stage", "weight_decay")} == {"command line"}
+    assert "c_thought" not in sources
+
+
+def test_bools_lists_and_objects_are_read_from_the_file(write):
+    settings = {"restart_schedule": True, "pad_latent_to_max": False, "report_to": ["none"], "label_names": ["a", "b"]}
+    path = write("a.yaml", {**NEEDED, **settings, "column_mapping": {"steps": "rationale"}})
+    _, data, curriculum, args, _ = train.parse([path])
+    assert (curriculum.restart_schedule, curriculum.pad_latent_to_max) == (True, False)
+    assert args.label_names == ["a", "b"]
+    assert json.loads(data.column_mapping) == {"steps": "rationale"}
+
+
+def test_the_file_may_stand_behind_a_switch_and_a_flag_may_take_a_file(write):
+    path = write("a.yaml", NEEDED)
+    model, data, _, args, _ = train.parse(["--skip_bad_records", path, "--train_file", "other.json"])
+    assert (data.skip_bad_records, data.train_file) == (True, "other.json")
+
+
+def test_epochs_are_those_of_the_curriculum_unless_given(write):
+    path = write("a.yaml", {**NEEDED, "epochs_stage_0": 4, "epochs_per_stage": 2, "max_latent_stage": 3})
+    assert train.parse([path])[3].num_train_epochs == 4 + 2 * (3 + 1)
+    assert train.parse([path, "--num_train_epochs", "1"])[3].num_train_epochs == 1
+
+
+def test_an_unknown_key_is_refused_by_name(write):
+    with pytest.raises(ValueError, match="no_such_setting"):
+        train.parse([write("a.yaml", {**NEEDED, "no_such_setting": 1})])
+
+
+def test_two_files_are_refused(write):
+    with pytest.raises(ValueError, match="one settings file"):
+        train.parse([write("a.yaml", NEEDED), write("b.json", NEEDED)])
+
+
+def test_a_file_that_holds_no_names_is_refused(write):
+    with pytest.raises(ValueError, match="holds a list"):
+        train.parse([write("a.yaml", ["mode"])])
+
+
+def test_help_tells_what_the_flags_do():
+    process = start_process([ROOT / "train.py", "--help"])
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "python train.py recipes/trails/coconut.yaml" in text
+    assert "--max_latent_stage" in text
+
+
+# --- one process -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_answers_and_says_what_it_is(whole):
+    log = history(whole)
+    assert [entry["curriculum/stage"] for entry in log] == [0] * 6 + [1] * 3 + [2] * 3
+    assert log[-1]["loss"] < log[0]["loss"]
+    results = json.loads((whole / "results.json").read_text())
+    assert [(row["eval/stage"], row["eval/samples"], row["step"]) for row in results] == [
+        (0, 7, 6),
+        (1, 7, 9),
+        (2, 7, 12),
+    ]
+    config = MultiCoCoConfig.from_pretrained(whole)
+    assert (config.stage, config.num_thoughts, config.mode) == (2, 2, "coconut")
+
+
+def test_the_learning_rate_starts_again_at_each_stage(whole):
+    rates = [entry["learning_rate"] for entry in history(whole)]
+    assert [step for step in range(12) if rates[step] == pytest.approx(1e-3)] == [0, 6, 9]
+    assert all(rates[step] < rates[step - 1] for step in range(1, 12) if step not in (6, 9))
+
+
+def test_a_schedule_that_is_cut_short_has_the_same_rates(folder, whole):
+    short = history(run_here(folder, "short", "--max_steps", 7))
+    assert [entry["learning_rate"] for entry in short] == [entry["learning_rate"] for entry in history(whole)[:7]]
+
+
+@pytest.mark.parametrize("mode", ["cot", "no_cot", "no_thoughts", "pause", "pause_loop"])
+def test_a_mode_trains_two_steps(folder, mode):
+    out = run_here(folder, mode, "--mode", mode, "--max_steps", 2, "--epochs_stage_0", 0, "--answer_every", "end")
+    assert all(math.isfinite(entry["loss"]) for entry in history(out))
+    assert MultiCoCoConfig.from_pretrained(out).mode == mode
+
+
+@pytest.mark.parametrize(
+    ("flag", "frozen"),
+    [("backbone", "vision_tower"), ("mlp", "multi_modal_projector"), ("llm", "language_model")],
+    ids=["backbone", "mlp", "llm"],
+)
+def test_a_frozen_part_stays_and_the_others_move(folder, flag, frozen):
+    out = run_here(folder, f"frozen_{flag}", f"--freeze_{flag}", "--max_steps", 2, "--answer_every", "end")
+    before, after = load_file(folder / "start" / "model.safetensors"), load_file(out / "model.safetensors")
+    for part in ("vision_tower", "multi_modal_projector", "language_model"):
+        moved = [not torch.equal(before[name], after[name]) for name in before if part in name]
+        assert any(moved) == (part != frozen), part
+
+
+def test_thought_tokens_are_added_to_a_checkpoint_that_has_none(folder):
+    out = run_here(folder, "original", "--model_name_or_path", CHECKPOINT, "--max_steps", 1, "--answer_every", "end")
+    assert MultiCoCoConfig.from_pretrained(out).latent_token_id is not None
+    assert (out / "start" / "model.safetensors").is_file()
+
+
+def test_adapters_train_and_are_saved_with_the_stage(folder):
+    peft = pytest.importorskip("peft", reason="LoRA needs the package peft (`pip install multicoco[peft]`)")
+    flags = ["--lora_rank", 2, "--max_steps", 8, "--save_strategy", "steps", "--save_steps", 8]
+    out = run_here(folder, "lora", *flags)
+    checkpoint = last_complete_checkpoint(out)
+    assert MultiCoCoConfig.from_pretrained(checkpoint).stage == 1
+    base = MultiCoCoForConditionalGeneration.from_pretrained(folder / "start")
+    model = peft.PeftModel.from_pretrained(base, checkpoint)
+    adapters = [value for name, value in model.named_parameters() if "lora_B" in name]
+    assert adapters
+    assert any(value.any() for value in adapters)
+
+
+# --- killed ------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_resumes_to_the_same_curve_and_weights(folder, whole):
+    """Killed at two random steps, as it saves or soon after; a newer checkpoint without the mark is passed by."""
+    out = folder / "killed"
+    flags = [folder / "settings.yaml", "--output_dir", out, "--use_cpu", "--save_strategy", "steps", "--save_steps", 1]
+    command = [ROOT / "train.py", *flags, "--save_total_limit", 3, "--resume_from_checkpoint", "last"]
+    moments = random.Random(0)
+    for last in (moments.randint(2, 5), moments.randint(6, 10)):
+        process = start_process(command)
+        for line in process.stdout:  # a step is told before it is saved
+            epoch = re.search(r"'loss'.*'epoch': '?([\d.]+)", line)
+            if epoch and round(3 * float(epoch[1])) >= last:
+                process.kill()
+                break
+        process.communicate(timeout=60)
+        assert process.returncode == -9
+        assert last_complete_checkpoint(out) is not None
+        broken = out / f"checkpoint-{99 + last}"
+        broken.mkdir()
+        (broken / "model.safetensors").write_bytes(b"half")
+    process = start_process(command)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text[-3000:]
+    assert history(out) == history(whole)
+    weights, expected = load_file(out / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+# --- two ranks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero", ["zero3", "zero2", None], ids=["zero3", "zero2", "ddp"])
+def test_two_ranks_train_as_one_process_does(folder, whole, zero):
+    out = folder / f"two_{zero}"
+    flags = ["--output_dir", out, "--use_cpu", "--per_device_train_batch_size", 4, "--answer_batch_size", 2]
+    deepspeed = ["--deepspeed", ROOT / "ds_configs" / f"{zero}.json"] if zero else []
+    process = start_process([*TORCHRUN, ROOT / "train.py", *deepspeed, folder / "settings.yaml", *flags])
+    text, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, text[-5000:]
+    for mine, one in zip(history(out), history(whole), strict=True):
+        assert mine["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        same = ("step", "curriculum/stage", "eval/accuracy", "eval/samples", "eval/new_tokens")
+        assert [mine.get(key) for key in same] == [one.get(key) for key in same]
+    config = MultiCoCoConfig.from_pretrained(out)
+    assert (config.stage, config.num_thoughts) == (2, 2)
+    weights, expected = load_file(out / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert weights.keys() >= expected.keys()  # DeepSpeed writes the tied head too
