@@ -1,8 +1,7 @@
 """One test for each claim about systems like this one: it fails if our verdict on the claim were wrong.
 
-Held elsewhere: "Ranks must agree" by `test_distributed.py` (processes with uneven data). Not yet held, as they speak
-of what comes with training data, curriculum and diagnosis: stage 0 and mixing, the state that survives between stages,
-A-OKVQA's three rationales, and what final accuracy proves. "Device must be set first" asks nothing of this code.
+Not yet held: that A-OKVQA's three rationales are reasoning steps. Its records are not read yet, so there is no rule to
+hold; the recipe that reads them brings the test.
 """
 
 import ast
@@ -26,10 +25,13 @@ from reference import (
     widened,
 )
 from safetensors.torch import load_file
-from transformers import ByT5Tokenizer
+from transformers import ByT5Tokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens
+from multicoco import modeling_multicoco as modeling
+from multicoco.data_multicoco import CurriculumArguments, ReasoningCollator, StageDataset, load_records
 from multicoco.processing_multicoco import RESERVED_TOKENS, prepare_tokenizer
+from multicoco.trainer_callbacks import CurriculumCallback
 
 
 ROOT = Path(__file__).parents[1]
@@ -519,3 +521,112 @@ def test_claim_prints_and_silent_excepts_are_absent(name):
             assert node.type is not None, node.lineno
             assert getattr(node.type, "id", None) not in ("Exception", "BaseException"), node.lineno
             assert not all(isinstance(statement, ast.Pass) for statement in node.body), node.lineno
+
+
+# Training.
+def stage_dataset(processor, folder, **curriculum):
+    lines = [
+        {"id": index, "question": f"Question {index}?", "steps": ["one", "two"], "answer": "yes"} for index in range(4)
+    ]
+    path = folder / "records.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    settings = CurriculumArguments(
+        **{"c_thought": 1, "max_latent_stage": 2, "final_stage": False, "epochs_per_stage": 1, **curriculum}
+    )
+    return settings, StageDataset(load_records(path), processor, settings)
+
+
+@pytest.mark.parametrize("mix", ["none", "linear"])
+def test_claim_stage_0_may_hold_latents_when_mixed(processor, tmp_path, mix):
+    """Claim: stage 0 must hold no latents, mixing on or off. True: mixing never goes beyond the scheduled stage."""
+    _, dataset = stage_dataset(processor, tmp_path, mix=mix)
+    latent = processor.tokenizer.convert_tokens_to_ids("<|latent|>")
+    most = []
+    for stage in range(3):
+        counts = []
+        for epoch in range(30):
+            dataset.set_stage(stage, epoch)
+            counts += [dataset[index]["input_ids"].count(latent) for index in range(len(dataset))]
+        most.append(max(counts))
+    assert most == [0, 1, 2]
+
+
+class Weights(TrainerCallback):
+    """A copy of the weights at the end of each epoch and, after the curriculum has moved, at the start of the next."""
+
+    def __init__(self):
+        self.ends, self.starts, self.stages = [], [], []
+
+    def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+        self.starts.append(copy.deepcopy(model.state_dict()))
+        self.stages.append((model.config.stage, model.config.num_thoughts))
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        self.ends.append(copy.deepcopy(model.state_dict()))
+
+
+def test_claim_state_must_survive_into_the_latent_stages(processor, tmp_path):
+    """Claim: what written reasoning taught must survive. True: one model in one run; a new stage touches no weight."""
+    model = MultiCoCoForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    add_thought_tokens(model, processor.tokenizer)
+    curriculum, dataset = stage_dataset(processor, tmp_path)
+    weights = Weights()
+    args = TrainingArguments(
+        tmp_path / "out", num_train_epochs=3, learning_rate=1e-3, use_cpu=True, remove_unused_columns=False,
+        save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    callbacks = [CurriculumCallback(curriculum, dataset), weights]
+    collator = ReasoningCollator(processor)
+    Trainer(model, args, train_dataset=dataset, data_collator=collator, callbacks=callbacks).train()
+    assert weights.stages == [(0, 0), (1, 1), (2, 2)]
+    for end, start in zip(weights.ends, weights.starts[1:], strict=False):
+        assert all(torch.equal(end[name], start[name]) for name in end)
+    changed = [name for name in weights.ends[0] if not torch.equal(weights.ends[0][name], weights.starts[0][name])]
+    assert "lm_head.weight" in changed  # and the stages do train
+    model.save_pretrained(tmp_path / "saved")
+    config = MultiCoCoConfig.from_pretrained(tmp_path / "saved")
+    assert (config.stage, config.num_thoughts) == (2, 2)
+
+
+def test_claim_ranks_must_agree_on_data(model, make_batch, monkeypatch):
+    """Claim: ranks must agree. On the number of calls: one integer is all that one rank tells the others."""
+    batch = without_labels(make_batch(num_thoughts=(1, 1), images=((1,), (2,))))
+    calls = []
+    model.model.language_model.register_forward_pre_hook(lambda *args: calls.append(1))
+    expected = model(**batch).logits
+    assert len(calls) == 2
+
+    sent = []
+
+    def reduce(tensor, op):  # another rank has three passes more
+        sent.append((tensor.numel(), tensor.is_floating_point(), op))
+        tensor += 3
+
+    monkeypatch.setattr(modeling, "_is_sharded", lambda model: True)
+    monkeypatch.setattr(modeling.dist, "all_reduce", reduce)
+    calls.clear()
+    torch.testing.assert_close(model(**batch).logits, expected, atol=0, rtol=0)
+    assert sent == [(1, False, torch.distributed.ReduceOp.MAX)]
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("name", [*CORE, "trainer_callbacks.py", "train.py"])
+def test_claim_device_must_be_set_before_process_groups(name):
+    """Claim: the device must be set first. True, and Trainer does it: nothing here sets a device itself."""
+    calls = [node.func for node in ast.walk(ast.parse((ROOT / name).read_text())) if isinstance(node, ast.Call)]
+    names = {call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", None) for call in calls}
+    assert names.isdisjoint({"set_device", "cuda", "init_process_group", "device_count"})
+
+
+def test_claim_final_accuracy_proves_that_thoughts_are_used(model, make_batch):
+    """
+    Claim: accuracy proves use. False: a constant in the same sequences and passes can score as high, so the control is
+    a mode of the same model, and what it feeds is all that differs.
+    """
+    batch = model_inputs(make_batch(num_thoughts=(2, 2)))
+    constant = model.get_input_embeddings().weight[model.config.latent_token_id]
+    fed = model(**batch, edit_thoughts=lambda thought, index: constant.expand_as(thought)).logits
+    thinking = model(**batch).logits
+    model.config.mode = "pause_loop"
+    torch.testing.assert_close(model(**batch).logits, fed, atol=0, rtol=0)
+    assert largest_difference(thinking, fed) > 1e-3
