@@ -21,12 +21,15 @@ from pathlib import Path
 
 import torch
 import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens
 from multicoco.data_multicoco import ANSWER_MARK, CurriculumArguments, ReasoningCollator, StageDataset, load_records
+from multicoco.intervals import wilson_interval
 from multicoco.trainer_callbacks import (
     AnswerCallback,
     CompletionCallback,
@@ -235,25 +238,55 @@ def show_settings(groups, sources):
 
 
 def show_results(log_history: list[dict], output_dir: str):
-    """The table of stages in the terminal, and results.json beside the model."""
+    """The table of stages in the terminal; beside the model, results.json and the picture results.png."""
     rows = [entry for entry in log_history if "eval/accuracy" in entry]
     print(
-        f"\n{'stage':>5}  {'thoughts':>8}  {'accuracy':>8}  {'95 % interval':>15}  {'new tokens':>10}  {'samples':>7}"
+        f"\n{'stage':>5}  {'thoughts':>8}  {'accuracy':>8}  {'95 % interval':>16}  {'new tokens':>10}  {'samples':>7}"
     )
     for row in rows:
         low, high = wilson_interval(row["eval/accuracy"], row["eval/samples"])
         print(
             f"{row['eval/stage']:>5}  {row['eval/num_thoughts']:>8}  {row['eval/accuracy']:>8.1%}  "
-            f"{low:>6.1%} - {high:>6.1%}  {row['eval/new_tokens']:>10.1f}  {row['eval/samples']:>7}"
+            f"{low:>7.1%} - {high:>6.1%}  {row['eval/new_tokens']:>10.1f}  {row['eval/samples']:>7}"
         )
-    (Path(output_dir) / "results.json").write_text(json.dumps(rows, indent=2))
+    (Path(output_dir) / "results.json").write_text(json.dumps(rows, indent=2, sort_keys=True))
+    draw_results(log_history, Path(output_dir) / "results.png")
+    print(f"\nmodel, results.json and results.png are in {output_dir}")
 
 
-def wilson_interval(rate: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson 1927), which stays within 0 and 1."""
-    centre = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+def draw_results(log_history: list[dict], path: str | Path):
+    """Loss over the run with its stages, accuracy over stages, accuracy against generated tokens."""
+    losses = [entry for entry in log_history if "loss" in entry]
+    answers = [entry for entry in log_history if "eval/accuracy" in entry]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    loss_axes, stage_axes, token_axes = figure.subplots(1, 3)
+
+    loss_axes.plot([entry["step"] for entry in losses], [entry["loss"] for entry in losses], linewidth=1)
+    loss_axes.set(xlabel="optimizer step", ylabel="loss", yscale="log")
+    starts = {entry["curriculum/stage"]: entry["step"] for entry in reversed(losses)}
+    for stage, step in starts.items():
+        loss_axes.axvline(step, color="0.85", linewidth=0.8, zorder=0)
+        loss_axes.text(step, 1.01, f" {stage}", transform=loss_axes.get_xaxis_transform(), fontsize=8, color="0.4")
+    loss_axes.set_title("stage", loc="left", fontsize=8, color="0.4", pad=14)
+
+    if answers:
+        stages = [entry["eval/stage"] for entry in answers]
+        rates = [entry["eval/accuracy"] for entry in answers]
+        intervals = [wilson_interval(entry["eval/accuracy"], entry["eval/samples"]) for entry in answers]
+        low_high = [[rate - low for rate, (low, _) in zip(rates, intervals, strict=True)]]
+        low_high.append([high - rate for rate, (_, high) in zip(rates, intervals, strict=True)])
+        tokens = [entry["eval/new_tokens"] for entry in answers]
+        for axes, values in ((stage_axes, stages), (token_axes, tokens)):
+            axes.errorbar(values, rates, yerr=low_high, marker="o", markersize=4, capsize=3, linewidth=1)
+            axes.set(ylim=(0, 1.08), ylabel="accuracy")
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.grid(axis="y", color="0.9")
+        stage_axes.set(xlabel="stage (95 % intervals)")
+        stage_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for value, rate, stage in zip(tokens, rates, stages, strict=True):
+            token_axes.annotate(f"stage {stage}", (value, rate), (3, -12), textcoords="offset points", fontsize=7)
+        token_axes.set(xlabel="generated tokens per answer", xlim=(0, max(tokens) * 1.15))
+    figure.savefig(path, dpi=150)
 
 
 def main(arguments: list[str] | None = None):

@@ -8,6 +8,7 @@ tokenizer.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -114,6 +115,7 @@ class CompletionCallback(TrainerCallback):
             for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
                 if _step(checkpoint) > state.global_step:  # about to be written again
                     (checkpoint / COMPLETE).unlink(missing_ok=True)
+                    os.utime(checkpoint, (0, 0))  # `save_total_limit` deletes the oldest: this one before a whole one
 
     def on_save(self, args, state, control, **kwargs):
         if dist.is_initialized():

@@ -257,6 +257,17 @@ def test_a_checkpoint_that_will_be_written_again_loses_its_mark(run, tmp_path):
     assert Path(last_complete_checkpoint(tmp_path / "out")).name == "checkpoint-3"
 
 
+def test_a_checkpoint_without_its_mark_is_deleted_before_one_with_it(run, tmp_path):
+    """As after a resume from an older checkpoint by hand: the later one is the newer folder, but worth nothing."""
+    run(settings={"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "save_total_limit": 2})
+    stale = tmp_path / "out" / "checkpoint-400"
+    stale.mkdir()
+    whole = str(tmp_path / "out" / "checkpoint-2")
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "save_total_limit": 2}
+    run(settings=settings, resume=whole)
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
 def test_a_single_checkpoint_is_refused(run):
     with pytest.raises(ValueError, match="save_total_limit"):
         run(settings={"save_total_limit": 1})

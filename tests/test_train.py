@@ -1,21 +1,22 @@
-"""`train.py`: settings, modes, frozen parts, adapters, a run that is killed, and runs of two ranks equal to one."""
+"""`train.py`: settings, modes, frozen parts, adapters, and runs of two ranks equal to one."""
 
 import json
 import math
 import os
-import random
-import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import CHECKPOINT
+from PIL import Image
 from safetensors.torch import load_file
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, train
+from multicoco.recipes.trails import compare, show
 from multicoco.recipes.trails.prepare import prepare
 from multicoco.recipes.trails.start_model import make_start_model
 from multicoco.trainer_callbacks import last_complete_checkpoint
@@ -74,6 +75,11 @@ def history(output_dir):
     """Of a run's log all that does not depend on the time it took."""
     log = json.loads((Path(output_dir) / "trainer_state.json").read_text())["log_history"]
     return [entry for entry in log if "loss" in entry]
+
+
+def is_picture(path):
+    with Image.open(path) as image:
+        return image.format == "PNG" and np.asarray(image.convert("L")).std() > 10
 
 
 def run_here(folder, name, *flags):
@@ -176,6 +182,37 @@ def test_a_run_learns_answers_and_says_what_it_is(whole):
     ]
     config = MultiCoCoConfig.from_pretrained(whole)
     assert (config.stage, config.num_thoughts, config.mode) == (2, 2, "coconut")
+    assert is_picture(whole / "results.png")
+
+
+def test_finished_runs_are_compared(folder, whole, capsys, monkeypatch):
+    other = run_here(folder, "compared", "--mode", "no_cot", "--max_steps", 2)
+    picture = folder / "compared.png"
+    monkeypatch.setattr("sys.argv", ["compare.py", str(whole), str(other), "--output", str(picture)])
+    capsys.readouterr()
+    compare.main()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:4]]
+    for row, run, mode, steps in zip(rows, (whole, other), ("coconut", "no_cot"), ("12", "2"), strict=True):
+        last = json.loads((run / "results.json").read_text())[-1]
+        assert row[:4] == [run.name, mode, steps, str(last["eval/num_thoughts"])]
+        assert row[4] == f"{last['eval/accuracy']:.1%}"
+    assert is_picture(picture)
+
+
+def test_an_unfinished_run_is_not_compared(folder, tmp_path):
+    with pytest.raises(ValueError, match="lacks .*results.json.* Run it first"):
+        compare.read_run(tmp_path)
+
+
+def test_a_board_is_drawn_with_both_answers(folder, whole, monkeypatch):
+    data, picture = folder / "trails" / "val.jsonl", folder / "board.png"
+    flags = ["--model", str(whole), "--data", str(data), "--index", "2", "--output", str(picture)]
+    monkeypatch.setattr("sys.argv", ["show.py", *flags])
+    show.main()
+    assert is_picture(picture)
+    monkeypatch.setattr("sys.argv", ["show.py", *flags, "--index", "7"])
+    with pytest.raises(ValueError, match="`--index` must be between 0 and 6, got 7"):
+        show.main()
 
 
 def test_the_learning_rate_starts_again_at_each_stage(whole):
@@ -226,36 +263,6 @@ def test_adapters_train_and_are_saved_with_the_stage(folder):
     adapters = [value for name, value in model.named_parameters() if "lora_B" in name]
     assert adapters
     assert any(value.any() for value in adapters)
-
-
-# --- killed ------------------------------------------------------------------------------------------------------
-
-
-def test_a_killed_run_resumes_to_the_same_curve_and_weights(folder, whole):
-    """Killed at two random steps, as it saves or soon after; a newer checkpoint without the mark is passed by."""
-    out = folder / "killed"
-    flags = [folder / "settings.yaml", "--output_dir", out, "--use_cpu", "--save_strategy", "steps", "--save_steps", 1]
-    command = [ROOT / "train.py", *flags, "--save_total_limit", 3, "--resume_from_checkpoint", "last"]
-    moments = random.Random(0)
-    for last in (moments.randint(2, 5), moments.randint(6, 10)):
-        process = start_process(command)
-        for line in process.stdout:  # a step is told before it is saved
-            epoch = re.search(r"'loss'.*'epoch': '?([\d.]+)", line)
-            if epoch and round(3 * float(epoch[1])) >= last:
-                process.kill()
-                break
-        process.communicate(timeout=60)
-        assert process.returncode == -9
-        assert last_complete_checkpoint(out) is not None
-        broken = out / f"checkpoint-{99 + last}"
-        broken.mkdir()
-        (broken / "model.safetensors").write_bytes(b"half")
-    process = start_process(command)
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, text[-3000:]
-    assert history(out) == history(whole)
-    weights, expected = load_file(out / "model.safetensors"), load_file(whole / "model.safetensors")
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 # --- two ranks ---------------------------------------------------------------------------------------------------

@@ -22,35 +22,36 @@ from multicoco.processing_multicoco import (
     IMAGENET_STD,
     chat_template,
 )
-from multicoco.recipes.trails.prepare import CELL_PIXELS, COLOURS, cell_name, make_question
+from multicoco.recipes.trails.prepare import CELL_PIXELS, COLOURS, cell_name
 
 
 SHORT_SYSTEM_MESSAGE = "Follow the arrows."  # InternVL's own would be more than half of the prompt
 PAD_TOKEN, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
-# An answer with its mark; a word or a run of signs, with a space before it; else a single character. A line break is
-# a token of its own, so pieces that end in one are tokenized alone as they are in the whole.
-#
-# The token behind a cell, its line break, thus predicts the next cell or "### red" from the token before it, as
-# <|end-latent|> must from the last thought. With the mark as a token of its own in between, colours stay at chance in
-# written reasoning for 2,200 steps; with cell and line break in one token, written reasoning is learned (97 % in 700
-# steps) but nothing teaches <|end-latent|> to look back, and accuracy falls with every stage (70, 54, 37, 22 %).
-PIECES = r"#+ [\p{L}\p{N}]+| ?[\p{L}\p{N}]+| ?[^\s\p{L}\p{N}]+|\s"
-WORDS = r"#+ [^\W_]+| ?[^\W_]+| ?[^\w\s]+|\n"  # the same in Python's terms, for the words below
+# The recipe's phrases, each one token, so that the prompt is short; else an answer with its mark; a word or a run of
+# signs, with a space before it; else a single character. A line break behind a step is a token of its own, so pieces
+# that end in one are tokenized alone as they are in the whole.
+PHRASES = (
+    f"system\n{SHORT_SYSTEM_MESSAGE}",
+    "user\n",
+    "assistant\n",
+    "Start at",
+    " and follow",
+    " arrow. Which colour do you reach?",
+    " arrows. Which colour do you reach?",
+)
+PIECES = "|".join(map(re.escape, PHRASES)) + r"|#+ [\p{L}\p{N}]+| ?[\p{L}\p{N}]+| ?[^\s\p{L}\p{N}]+|\s"
 
 # With the library's defaults (0.02, layer scale 0.1, position embeddings of zero) a model this small does not learn.
 INITIALIZER_RANGE = 0.08
 
 
 def recipe_words(size: int, max_arrows: int) -> list[str]:
-    """Every word of the recipe as it stands in the text, with its space or line break, in a fixed order."""
+    """Every token of the recipe as it stands in the text, with its space or line break, in a fixed order."""
     names = [cell_name(row, column) for row in range(size) for column in range(size)]
-    texts = [f"system\n{SHORT_SYSTEM_MESSAGE}", "user\n", "assistant\n"]
-    texts += [make_question(name, 1) for name in names]
-    texts += [make_question("A1", num_arrows) for num_arrows in range(1, max_arrows + 1)]
-    texts += [f"{name}\n" for name in names]
-    texts += [f"### {colour}" for colour in COLOURS]
-    return list(dict.fromkeys(word for text in texts for word in re.findall(WORDS, text)))
+    words = [*PHRASES, *names, *(f" {name}" for name in names)]
+    words += [f" {num_arrows}" for num_arrows in range(1, max_arrows + 1)]
+    return words + [f"### {colour}" for colour in COLOURS]
 
 
 def make_tokenizer(size: int, max_arrows: int) -> PreTrainedTokenizerFast:

@@ -1,0 +1,65 @@
+"""Intervals and tests for accuracies: of one proportion, and of two models or settings on the same samples."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def wilson_interval(rate: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson 1927), which stays within 0 and 1."""
+    centre = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """
+    The two-sided p-value of McNemar's exact test (1947): whether of the samples that only one of the two has right,
+    each has half.
+
+    Args:
+        first, second (`Sequence[bool]`): Whether each answer is right, the same samples in the same order.
+
+    Raises:
+        ValueError: the two have different lengths.
+    """
+    first, second = _paired(first, second)
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    count, fewer = only_first + only_second, min(only_first, only_second)
+    # The sum of binomial terms in logarithms: 0.5**count alone is 0 in floating point from 1,075 samples on.
+    terms = [
+        math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) - count * math.log(2)
+        for k in range(fewer + 1)
+    ]
+    return min(1.0, 2 * math.fsum(math.exp(term) for term in terms))
+
+
+def paired_bootstrap(
+    first: Sequence[float], second: Sequence[float], draws: int = 10000, seed: int = 0
+) -> tuple[float, float]:
+    """
+    The 95 % percentile interval of `mean(first) - mean(second)`, samples drawn again in pairs (Efron 1979).
+
+    Args:
+        first, second (`Sequence[float]`): Scores of the same samples in the same order.
+        draws (`int`, defaults to 10000): Resampled data sets.
+        seed (`int`, defaults to 0): The same seed gives the same interval.
+
+    Raises:
+        ValueError: the two have different lengths.
+    """
+    first, second = _paired(first, second, float)
+    values, counts = np.unique(first - second, return_counts=True)  # few values: one multinomial a draw is enough
+    drawn = np.random.default_rng(seed).multinomial(len(first), counts / len(first), size=draws)
+    low, high = np.quantile(drawn @ values / len(first), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _paired(first, second, dtype=bool) -> tuple[np.ndarray, np.ndarray]:
+    if len(first) != len(second) or not len(first):
+        raise ValueError(
+            f"`first` has {len(first)} samples and `second` {len(second)}, expected the same samples in the same "
+            "order, at least one. Score both on one data set."
+        )
+    return np.asarray(first, dtype=dtype), np.asarray(second, dtype=dtype)

@@ -1,0 +1,94 @@
+"""Draws a board with what a trained model says about it: in written steps, and after continuous thoughts.
+
+python recipes/trails/show.py --model out/trails-coconut --data data/trails/val.jsonl --output out/board.png
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor
+from multicoco.data_multicoco import load_records, question_text
+from multicoco.recipes.trails.prepare import CELL_PIXELS
+
+
+def answer(model, processor, record: dict, num_thoughts: int) -> list[str]:
+    """The new tokens, decoded one by one, without the end of the turn."""
+    inputs = processor.apply_chat_template(
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "path": record["images"][0]},
+                    {"type": "text", "text": question_text(record).removeprefix("<image>\n")},
+                ],
+            }
+        ],
+        num_thoughts=num_thoughts,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+    tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+    return [processor.tokenizer.decode([token]) for token in tokens if token != model.generation_config.eos_token_id]
+
+
+@torch.no_grad()
+def draw_answers(model, processor, record: dict, path: str | Path):
+    """The board at the left; the question, the written and the latent answer at the right."""
+    num_thoughts = model.config.num_thoughts
+    written, latent = answer(model, processor, record, 0), answer(model, processor, record, num_thoughts)
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    board, text = figure.subplots(1, 2, width_ratios=(1, 1.6))
+    with Image.open(record["images"][0]) as image:
+        board.imshow(image, interpolation="nearest")
+    size = image.width // CELL_PIXELS
+    centres = [CELL_PIXELS * (cell + 0.5) - 0.5 for cell in range(size)]
+    board.set_xticks(centres, [chr(ord("A") + cell) for cell in range(size)])
+    board.set_yticks(centres, [str(cell + 1) for cell in range(size)])
+    board.tick_params(length=0, labelsize=9, top=True, labeltop=True, bottom=False, labelbottom=False)
+    board.spines[:].set_visible(False)
+
+    text.axis("off")
+    lines = [
+        (0.95, record["question"], {}),
+        (0.72, f"written reasoning, {len(written)} generated tokens", {"color": "0.4", "fontsize": 9}),
+        (0.61, "".join(written).replace("\n", "  →  "), {"family": "monospace"}),
+        (
+            0.39,
+            f"{num_thoughts} continuous thoughts, {len(latent)} generated token{'s'[: len(latent) > 1]}",
+            {"color": "0.4", "fontsize": 9},
+        ),
+        (0.28, "● " * num_thoughts + " " + "".join(latent).replace("\n", "  →  "), {"family": "monospace"}),
+        (0.06, f"right answer: {record['answer']}", {"color": "0.4", "fontsize": 9}),
+    ]
+    for height, line, style in lines:
+        text.text(0, height, line, transform=text.transAxes, va="center", **({"fontsize": 11} | style))
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Draw a board with the written and the latent answer of a trained model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", default="out/trails-coconut", help="Folder of the trained model.")
+    parser.add_argument("--data", default="data/trails/val.jsonl", help="Records.")
+    parser.add_argument("--index", type=int, default=0, help="Which record, from 0.")
+    parser.add_argument("--output", default="out/board.png", help="Picture to write.")
+    args = parser.parse_args()
+    records = load_records(args.data)
+    if not 0 <= args.index < len(records):
+        raise ValueError(f"`--index` must be between 0 and {len(records) - 1}, got {args.index}.")
+    model = MultiCoCoForConditionalGeneration.from_pretrained(args.model).eval()
+    draw_answers(model, MultiCoCoProcessor.from_pretrained(args.model), records[args.index], args.output)
+    print(f"{args.output}: drawn")
+
+
+if __name__ == "__main__":
+    main()
