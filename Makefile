@@ -1,7 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env test quality style clean
+TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2
+BASELINES := cot no_cot no_thoughts pause pause_loop
+
+.PHONY: env trails train baselines test quality style clean
 
 env: .venv/installed
 
@@ -10,6 +13,20 @@ env: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,quality]'
 	touch $@
+
+trails: env
+	$(BIN)/python recipes/trails/prepare.py --output_dir data/trails
+	$(BIN)/python recipes/trails/start_model.py --output_dir data/trails-start
+
+# The main job: the whole curriculum on the embedded data set, one process for each of two cores.
+train: trails
+	$(TORCHRUN) train.py recipes/trails/coconut.yaml
+	$(BIN)/python recipes/trails/show.py --model out/trails-coconut --output out/trails-coconut/board.png
+
+# The same number of steps without thoughts, or with thoughts that carry nothing.
+baselines: trails
+	for mode in $(BASELINES); do $(TORCHRUN) train.py recipes/trails/$$mode.yaml || exit 1; done
+	$(BIN)/python recipes/trails/compare.py $(wildcard out/trails-coconut) $(BASELINES:%=out/trails-%) --output out/trails.png
 
 test: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest

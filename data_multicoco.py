@@ -44,7 +44,7 @@ END_OF_TURN = "<|im_end|>"
 CHAT_TOKENS = ("<|im_start|>", END_OF_TURN)  # in a record's text they would end or open a turn
 MIXES = ("none", "linear", "uniform")
 TRAINING_MODES = ("coconut", "cot", "no_cot", "no_thoughts", "pause", "pause_loop")
-FIELDS = ("id", "images", "question", "choices", "steps", "answer", "answers")
+FIELDS = ("id", "images", "question", "choices", "steps", "rationales", "answer", "answers", "extra")
 
 
 @dataclass
@@ -170,6 +170,13 @@ def draw_stage(curriculum: CurriculumArguments, stage: int, num_steps: int, key:
     return int(generator.choice(stage + 1, p=weights / weights.sum()))
 
 
+def draw_rationale(num_rationales: int, key: tuple[int, int, int]) -> int:
+    """Which of several alternative lists of steps is used. `key` is (seed, epoch, index), as in [`draw_stage`]."""
+    if num_rationales < 2:
+        return 0
+    return int(np.random.default_rng((*key, 1)).integers(num_rationales))  # 1: another stream than the stage's
+
+
 def compose(
     question: Sequence[int],
     steps: Sequence[Sequence[int]],
@@ -206,9 +213,14 @@ def load_records(
     needs_steps: bool = True,
     allow_outside: bool = False,
     skip_bad_records: bool = False,
+    needs_answer: bool = True,
 ) -> list[dict[str, Any]]:
     """
-    Reads and checks records `{"id", "images", "question", "choices", "steps", "answer", "answers"}`.
+    Reads and checks records `{"id", "images", "question", "choices", "steps", "answer", "answers", "extra"}`.
+
+    Several people's explanations of one answer are alternatives, not more steps: `"rationales"`, a list of lists of
+    steps, takes the place of `"steps"`, and [`StageDataset`] draws one per sample and epoch; `"steps"` is then the
+    first of them. `"extra"` is an object of anything else that a metric or a table needs; it is passed on as it is.
 
     Args:
         source: A `.jsonl` or `.json` file, a folder or Hub name that `datasets.load_dataset` reads, a data set, or a
@@ -218,6 +230,8 @@ def load_records(
         needs_steps (`bool`, defaults to `True`): Whether a record without written steps is a defect.
         allow_outside (`bool`, defaults to `False`): Allow image paths outside the folder of the file.
         skip_bad_records (`bool`, defaults to `False`): List and leave out records with a defect.
+        needs_answer (`bool`, defaults to `True`): Whether a record without an answer is a defect. Without one it has
+            `None` there, and can be asked but not trained on.
 
     Raises:
         ValueError: at the first defect: the id of the record, the field, what came and how to mend it.
@@ -243,7 +257,7 @@ def load_records(
     records, defects, seen = [], [], set()
     for number, row in enumerate(rows):
         try:
-            record = _check_record(row, columns, number, folder, needs_steps, allow_outside)
+            record = _check_record(row, columns, number, folder, needs_steps, allow_outside, needs_answer)
             if record["id"] in seen:
                 raise ValueError(f"Record {record['id']!r}: `id` stands twice. Give every record its own.")
         except ValueError as error:
@@ -343,7 +357,7 @@ def _read_dataset(dataset: HubDataset, columns: Mapping[str, str]) -> Iterable[d
         yield {**row, column: [DatasetImage(images, number, column, index) for index in indices]}
 
 
-def _check_record(row, columns, number, folder, needs_steps, allow_outside) -> dict[str, Any]:
+def _check_record(row, columns, number, folder, needs_steps, allow_outside, needs_answer) -> dict[str, Any]:
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, Mapping):
@@ -355,6 +369,8 @@ def _check_record(row, columns, number, folder, needs_steps, allow_outside) -> d
     if isinstance(record_id, bool) or not isinstance(record_id, (str, int)):
         raise ValueError(f"Record {number}: `id` is {record_id!r:.100}, expected a string or an integer. Change it.")
     for name in ("question", "answer"):
+        if name == "answer" and row[name] is None and not needs_answer:
+            continue
         if not isinstance(row[name], str) or not row[name].strip():
             raise ValueError(f"{where}: `{name}` is {row[name]!r:.100}, expected a non-empty string. Fill it in.")
     for name in ("steps", "choices", "answers"):
@@ -363,13 +379,32 @@ def _check_record(row, columns, number, folder, needs_steps, allow_outside) -> d
             raise ValueError(
                 f"{where}: `{name}` is {value!r:.100}, expected a list of non-empty strings. Split or fill it in."
             )
-    if needs_steps and not row["steps"]:
+    rationales = row["rationales"] if row["rationales"] is not None else []
+    if not isinstance(rationales, (list, tuple)) or not all(
+        isinstance(steps, (list, tuple)) and steps and all(isinstance(step, str) and step.strip() for step in steps)
+        for steps in rationales
+    ):
+        raise ValueError(
+            f"{where}: `rationales` is {rationales!r:.100}, expected a list of alternative lists of steps, each of "
+            "non-empty strings. Split each explanation into its steps."
+        )
+    if rationales and row["steps"]:
+        raise ValueError(
+            f"{where}: has both `steps` and `rationales`, expected one. Put the steps among the `rationales` if they "
+            "are one more alternative."
+        )
+    alternatives = [[step.strip() for step in steps] for steps in rationales or [row["steps"] or []]]
+    if row["extra"] is not None and not isinstance(row["extra"], Mapping):
+        raise ValueError(f"{where}: `extra` is {row['extra']!r:.100}, expected an object. Give its values names.")
+    if needs_steps and not alternatives[0]:
         raise ValueError(
             f"{where}: `steps` is empty, expected at least one written step to learn from. Write the steps, or train "
             "with `--mode no_cot`."
         )
-    for name in ("question", "answer", "steps", "choices"):
-        for text in [row[name]] if isinstance(row[name], str) else row[name] or []:
+    texts = {name: [row[name]] if isinstance(row[name], str) else row[name] or [] for name in ("question", "answer")}
+    texts |= {"steps": [step for steps in alternatives for step in steps], "choices": row["choices"] or []}
+    for name in texts:
+        for text in texts[name]:
             for token in RESERVED_TOKENS + CHAT_TOKENS + (() if name == "question" else (IMAGE_PLACEHOLDER,)):
                 if token in text:
                     raise ValueError(f"{where}: `{name}` contains {token}, which is reserved. Remove or rephrase it.")
@@ -382,15 +417,20 @@ def _check_record(row, columns, number, folder, needs_steps, allow_outside) -> d
             f"{where}: `question` has {placed} {IMAGE_PLACEHOLDER} for {len(images)} `images`. Write one per image, "
             "or none to put the images first."
         )
-    return {
+    record = {
         "id": record_id,
         "images": images,
         "question": row["question"].strip(),
         "choices": list(row["choices"] or []),
-        "steps": [step.strip() for step in row["steps"] or []],
-        "answer": row["answer"].strip(),
+        "steps": alternatives[0],
+        "answer": row["answer"].strip() if row["answer"] is not None else None,
         "answers": list(row["answers"] or []),
     }
+    if rationales:
+        record["rationales"] = alternatives
+    if row["extra"]:
+        record["extra"] = dict(row["extra"])
+    return record
 
 
 def _check_image(image, where, folder, allow_outside):
@@ -422,9 +462,9 @@ class TokenizedRecord:
 
     record: Mapping[str, Any]
     question: list[int]
-    steps: list[list[int]]
+    rationales: list[list[list[int]]]  # alternative lists of steps, at least one, which may be empty
     answer: list[int]
-    whole: list[int] | None  # the same text, tokenized in one go
+    wholes: list[list[int]] | None  # the same text, tokenized in one go, for each alternative
     num_patches_list: list[int] | None = None
 
 
@@ -439,7 +479,7 @@ class StageDataset(torch.utils.data.Dataset):
         records (`list[dict]`): From [`load_records`].
         processor ([`MultiCoCoProcessor`]): Gives the prompt, the tokens and the number of tiles.
         curriculum ([`CurriculumArguments`]): The rules.
-        seed (`int`, defaults to 42): Seed of the mixing.
+        seed (`int`, defaults to 42): Seed of the mixing, and of the choice among alternative rationales.
         max_length (`int`, *optional*): Longest sequence allowed, at any stage.
         skip_bad_records (`bool`, defaults to `False`): List and leave out records with a defect.
 
@@ -479,14 +519,19 @@ class StageDataset(torch.utils.data.Dataset):
 
     def _check(self, row: TokenizedRecord, processor, max_length):
         row.num_patches_list = _count_tiles(row.record, processor)
-        if [*row.question, *(token for step in row.steps for token in step), *row.answer] != row.whole:
+        pieces = [[*row.question, *(t for step in steps for t in step), *row.answer] for steps in row.rationales]
+        if pieces != row.wholes:
             raise ValueError(
                 f"Record {row.record['id']!r}: `steps` and `answer` tokenize differently in pieces and as a whole, so "
                 "the model would be trained on other tokens than it writes. Strip unusual characters at their ends."
             )
-        row.whole = None  # only for this check
+        row.wholes = None  # only for this check
         if max_length is not None:
-            length = max(len(self._compose(row, stage)[0]) for stage in range(self.curriculum.last_stage + 1))
+            length = max(
+                len(self._compose(row, steps, stage)[0])
+                for steps in row.rationales
+                for stage in range(self.curriculum.last_stage + 1)
+            )
             if length > max_length:
                 raise ValueError(
                     f"Record {row.record['id']!r}: `question`, `steps` and `answer` are {length} tokens, more than "
@@ -499,7 +544,7 @@ class StageDataset(torch.utils.data.Dataset):
         return int(self._clock[0])
 
     def set_stage(self, stage: int, epoch: int = 0):
-        """Composes all records at `stage` from now on; `epoch` only changes the draws of the mixing."""
+        """Composes all records at `stage` from now on; `epoch` only changes the draws."""
         self._clock[0], self._clock[1] = stage, epoch
 
     def __len__(self) -> int:
@@ -507,26 +552,35 @@ class StageDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
+        if not row.answer:
+            raise ValueError(
+                f"Record {row.record['id']!r}: `answer` is missing, so it can be asked but not trained on. Add the "
+                "answer, or leave the record out."
+            )
         stage, epoch = self._clock.tolist()
-        input_ids, labels = self._compose(
-            row, draw_stage(self.curriculum, stage, len(row.steps), (self.seed, epoch, index))
-        )
+        key = (self.seed, epoch, index)
+        steps = row.rationales[draw_rationale(len(row.rationales), key)]
+        input_ids, labels = self._compose(row, steps, draw_stage(self.curriculum, stage, len(steps), key))
         return {"input_ids": input_ids, "labels": labels, **self._images(row)}
 
     def prompt(self, index: int, stage: int | None = None) -> dict[str, Any]:
-        """What a record is asked with after `stage`: as many thoughts as it was trained with, nothing after them."""
+        """
+        What a record is asked with after `stage`: as many thoughts as it was trained with, nothing after them. If
+        its alternative rationales were trained with different numbers, the most.
+        """
         row = self.rows[index]
-        num_thoughts, _ = self.curriculum.budget(len(row.steps), self.stage if stage is None else stage)
+        num_steps = max(map(len, row.rationales))
+        num_thoughts, _ = self.curriculum.budget(num_steps, self.stage if stage is None else stage)
         input_ids, _ = compose(self._question(row), [], [], num_thoughts, 0, self.block_ids)
         return {"input_ids": input_ids, **self._images(row)}
 
     def max_new_tokens(self) -> int:
         """Tokens of the longest written steps and answer."""
-        return max(sum(map(len, row.steps)) + len(row.answer) for row in self.rows)
+        return max(sum(map(len, steps)) + len(row.answer) for row in self.rows for steps in row.rationales)
 
-    def _compose(self, row: TokenizedRecord, stage: int) -> tuple[list[int], list[int]]:
-        num_thoughts, num_gone = self.curriculum.budget(len(row.steps), stage)
-        return compose(self._question(row), row.steps, row.answer, num_thoughts, num_gone, self.block_ids)
+    def _compose(self, row: TokenizedRecord, steps: list[list[int]], stage: int) -> tuple[list[int], list[int]]:
+        num_thoughts, num_gone = self.curriculum.budget(len(steps), stage)
+        return compose(self._question(row), steps, row.answer, num_thoughts, num_gone, self.block_ids)
 
     def _question(self, row: TokenizedRecord) -> list[int]:
         """The prompt with its image runs, from one visual token per image to all of them."""
@@ -569,18 +623,27 @@ def _tokenize(records, processor) -> Iterable[TokenizedRecord]:
         expand_image_tokens(prompt, [1] * len(record["images"]), 1)
         for prompt, record in zip(prompts, records, strict=True)
     ]
-    steps = [[step + "\n" for step in record["steps"]] for record in records]
-    answers = [ANSWER_MARK + record["answer"] + END_OF_TURN for record in records]
-    wholes = ["".join([prompt, *parts, answer]) for prompt, parts, answer in zip(prompts, steps, answers, strict=True)]
+    rationales = [
+        [[step + "\n" for step in steps] for steps in record.get("rationales", [record["steps"]])]
+        for record in records
+    ]
+    answers = ["" if record["answer"] is None else ANSWER_MARK + record["answer"] + END_OF_TURN for record in records]
 
     def encode(texts):
         return iter(processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
 
-    prompts, answers, wholes = encode(prompts), encode(answers), encode(wholes)
-    flat_steps = encode([step for record_steps in steps for step in record_steps])
-    for record in records:
-        step_ids = [next(flat_steps) for _ in record["steps"]]
-        yield TokenizedRecord(record, next(prompts), step_ids, next(answers), next(wholes))
+    wholes = encode(
+        [
+            "".join([prompt, *steps, answer])
+            for prompt, alternatives, answer in zip(prompts, rationales, answers, strict=True)
+            for steps in alternatives
+        ]
+    )
+    flat_steps = encode([step for alternatives in rationales for steps in alternatives for step in steps])
+    prompts, answers = encode(prompts), encode(answers)
+    for record, alternatives in zip(records, rationales, strict=True):
+        step_ids = [[next(flat_steps) for _ in steps] for steps in alternatives]
+        yield TokenizedRecord(record, next(prompts), step_ids, next(answers), [next(wholes) for _ in alternatives])
 
 
 class ReasoningCollator:

@@ -10,7 +10,7 @@ def wilson_interval(rate: float, count: int, z: float = 1.96) -> tuple[float, fl
     """The 95 % interval of a proportion (Wilson 1927), which stays within 0 and 1."""
     centre = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(rate, centre - half)), min(1.0, max(rate, centre + half))  # rounding may cross the rate
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:

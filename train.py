@@ -30,6 +30,7 @@ from transformers.utils import logging
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens
 from multicoco.data_multicoco import ANSWER_MARK, CurriculumArguments, ReasoningCollator, StageDataset, load_records
 from multicoco.intervals import wilson_interval
+from multicoco.memory import PARTS, estimate_memory, worst_batches
 from multicoco.trainer_callbacks import (
     AnswerCallback,
     CompletionCallback,
@@ -65,6 +66,9 @@ class ModelArguments:
         metadata={"help": "Train LoRA adapters of this rank in the language model (needs peft); 0 trains all."},
     )
     lora_alpha: int | None = field(default=None, metadata={"help": "LoRA scale; twice the rank if not given."})
+    estimate_memory: bool = field(
+        default=False, metadata={"help": "Print what the largest training step needs in memory, by formula, and exit."}
+    )
 
 
 @dataclass
@@ -217,6 +221,47 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, processor: M
     return model
 
 
+def show_memory(model_args: ModelArguments, args: TrainingArguments, dataset: StageDataset, processor):
+    """Parts, sum and peak of the step that needs most memory: the longest records of the worst stage."""
+    config = MultiCoCoConfig.from_pretrained(model_args.model_name_or_path)
+    config.mode = dataset.curriculum.mode
+    config.text_config.vocab_size = max(config.text_config.vocab_size, len(processor.tokenizer))
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    offload = deepspeed and deepspeed.get_value("zero_optimization.offload_param.device") == "cpu"
+    batches = worst_batches(dataset, args.per_device_train_batch_size)
+    estimates = [
+        estimate_memory(
+            config,
+            batch,
+            bf16=args.bf16,
+            zero_stage=deepspeed and deepspeed.get_value("zero_optimization.stage"),
+            offload=bool(offload),
+            num_devices=args.world_size,
+            activation_checkpointing=bool(args.activation_checkpointing),
+            accumulate=args.gradient_accumulation_steps > 1,
+            lora_rank=model_args.lora_rank,
+            freeze_backbone=model_args.freeze_backbone,
+            freeze_llm=model_args.freeze_llm,
+            freeze_mlp=model_args.freeze_mlp,
+        )
+        for batch in batches
+    ]
+    stage = max(range(len(estimates)), key=lambda stage: estimates[stage].peak)
+    estimate, batch = estimates[stage], batches[stage]
+    print(
+        f"\nstage {stage}, {batch.samples} samples a device, each {batch.tiles} tiles, {batch.text_tokens} text "
+        f"tokens, {batch.thoughts} thoughts and {batch.label_tokens} labels; {estimate.num_parameters / 1e6:.1f}M "
+        f"parameters, {estimate.num_trainable / 1e6:.1f}M trained, {args.world_size} devices\n"
+    )
+    values = {part: getattr(estimate, part) for part in PARTS}
+    values |= {"sum of the parts": estimate.total, "peak": estimate.peak}
+    if estimate.host:
+        values["host, for each device"] = estimate.host
+    for name, value in values.items():
+        print(f"{name:24}{value / 2**20:>12.1f} MiB")
+    print("\nNot all parts are at their largest at once: the peak counts. CUDA and NCCL take one or two GiB more.")
+
+
 def make_judge(dataset: StageDataset, processor: MultiCoCoProcessor):
     """Exact match of what the model writes after the answer mark with the record's answer."""
 
@@ -317,6 +362,10 @@ def main(arguments: list[str] | None = None):
         )
 
     train_dataset = load(data_args.train_file, needs_steps=curriculum.mode != "no_cot")
+    if model_args.estimate_memory:
+        if is_main:
+            show_memory(model_args, args, train_dataset, processor)
+        return None
     eval_dataset = load(data_args.eval_file, needs_steps=False) if data_args.eval_file else None
     collator = ReasoningCollator(processor)
     callbacks = [CurriculumCallback(curriculum, train_dataset), CompletionCallback()]

@@ -138,9 +138,9 @@ def make_model(processor: MultiCoCoProcessor, seed: int) -> MultiCoCoForConditio
         model = MultiCoCoForConditionalGeneration(config)
         model.generation_config = generation_config
         torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings, std=INITIALIZER_RANGE)
-        drawn = model.get_input_embeddings().weight.detach().clone()
-        add_thought_tokens(model, tokenizer)  # new rows are the mean of all: a start in a trained model, zero in this
-        model.get_input_embeddings().weight.data.copy_(drawn)
+        # They start as the line break, behind which a model looks back at the last cell, as behind a thought. (The
+        # mean of all rows, the usual start, is next to zero in a random model.)
+        add_thought_tokens(model, tokenizer, init_from="\n")
     return model
 
 
