@@ -586,7 +586,8 @@ def write_submission(records, predictions, path: str | Path):
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Scores as the flags say; returns the rows of the table (on the main process)."""
     arguments = parse(sys.argv[1:] if arguments is None else arguments)
-    state = PartialState(cpu=arguments.use_cpu)
+    # Without a GPU it must be told, or accelerate takes the processes of torchrun for runs of their own.
+    state = PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())
     records = load_records(
         arguments.data,
         columns=json.loads(arguments.column_mapping) if arguments.column_mapping else None,

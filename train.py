@@ -156,8 +156,10 @@ def parse(arguments: list[str]):
             action = parser._option_string_actions.get(flag.split("=")[0])
             sources[action.dest if action else flag] = "command line"
     arguments = [*from_file, *flags]
-    if "deepspeed" in sources and not torch.cuda.is_available():
-        arguments += _prepare_deepspeed_on_cpu()
+    if not torch.accelerator.is_available():
+        arguments.append("--use_cpu")  # else accelerate takes the processes of torchrun for runs of their own
+        if "deepspeed" in sources:
+            arguments += _prepare_deepspeed_on_cpu()
     model_args, data_args, curriculum, args = parser.parse_args_into_dataclasses(args=arguments)
     if "num_train_epochs" not in sources and args.max_steps <= 0:
         args.num_train_epochs = curriculum.num_epochs
@@ -278,7 +280,8 @@ def show_settings(groups, sources):
     for group in groups:
         for item in dataclasses.fields(group):
             if item.name in sources or isinstance(group, CurriculumArguments):
-                value = str(getattr(group, item.name))
+                value = getattr(group, item.name)
+                value = str(getattr(value, "value", value))  # of an enumeration, what one would type
                 print(f"{item.name:32}{value[:42]:44}{sources.get(item.name, 'default')}")
 
 

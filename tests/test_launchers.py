@@ -119,7 +119,7 @@ def test_two_ranks_train_as_one_process_does(site, one, zero):
 
 
 def test_bfloat16_trains_nearly_as_float32_does(site, one):
-    losses = [entry["loss"] for entry in history(train_here(site, "bf16", "--bf16", "true", "--use_cpu", "true"))]
+    losses = [entry["loss"] for entry in history(train_here(site, "bf16", "--bf16", "true"))]
     expected = [entry["loss"] for entry in history(one)]
     assert losses == pytest.approx(expected, rel=0.05)
     assert losses != pytest.approx(expected, rel=1e-5)  # it was not float32 after all

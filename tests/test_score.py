@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
 
 def run_flags(folder, output_dir, *flags, data="asked", models=("thinks",)):
     names = [str(folder / name) for name in models]
-    flags = ["--data", folder / "trails" / f"{data}.jsonl", "--output_dir", output_dir, "--use_cpu", *flags]
+    flags = ["--data", folder / "trails" / f"{data}.jsonl", "--output_dir", output_dir, *flags]
     return ["--model", *names, "--batch_size", str(BATCH_SIZE), *map(str, flags)]
 
 

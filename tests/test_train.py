@@ -83,7 +83,7 @@ def is_picture(path):
 
 
 def run_here(folder, name, *flags):
-    train.main([str(folder / "settings.yaml"), "--output_dir", str(folder / name), "--use_cpu", *map(str, flags)])
+    train.main([str(folder / "settings.yaml"), "--output_dir", str(folder / name), *map(str, flags)])
     return folder / name
 
 
@@ -271,7 +271,7 @@ def test_adapters_train_and_are_saved_with_the_stage(folder):
 @pytest.mark.parametrize("zero", ["zero3", "zero2", None], ids=["zero3", "zero2", "ddp"])
 def test_two_ranks_train_as_one_process_does(folder, whole, zero):
     out = folder / f"two_{zero}"
-    flags = ["--output_dir", out, "--use_cpu", "--per_device_train_batch_size", 4, "--answer_batch_size", 2]
+    flags = ["--output_dir", out, "--per_device_train_batch_size", 4, "--answer_batch_size", 2]
     deepspeed = ["--deepspeed", ROOT / "ds_configs" / f"{zero}.json"] if zero else []
     process = start_process([*TORCHRUN, ROOT / "train.py", *deepspeed, folder / "settings.yaml", *flags])
     text, _ = process.communicate(timeout=200)

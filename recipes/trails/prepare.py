@@ -170,7 +170,7 @@ def write_split(output_dir: str | Path, split: str, count: int, size: int, max_a
 
 def prepare(
     output_dir: str | Path,
-    num_train: int = 25600,
+    num_train: int = 16000,
     num_val: int = 1024,
     num_test: int = 0,
     size: int = 4,
@@ -250,7 +250,7 @@ def main():
     parser.add_argument(
         "--output_dir", default="data/trails", help="Folder to make; kept if its settings are the same."
     )
-    parser.add_argument("--num_train", type=int, default=25600, help="Boards to train on.")
+    parser.add_argument("--num_train", type=int, default=16000, help="Boards to train on.")
     parser.add_argument("--num_val", type=int, default=1024, help="Boards to validate on.")
     parser.add_argument("--num_test", type=int, default=0, help="Boards to test on.")
     parser.add_argument("--size", type=int, default=4, help="Cells along each side of a board.")

@@ -51,7 +51,7 @@ def draw_answers(model, processor, record: dict, path: str | Path):
     centres = [CELL_PIXELS * (cell + 0.5) - 0.5 for cell in range(size)]
     board.set_xticks(centres, [chr(ord("A") + cell) for cell in range(size)])
     board.set_yticks(centres, [str(cell + 1) for cell in range(size)])
-    board.tick_params(length=0, labelsize=9, top=True, labeltop=True, bottom=False, labelbottom=False)
+    board.tick_params(length=0, labelsize=9, labeltop=True, labelbottom=False)
     board.spines[:].set_visible(False)
 
     text.axis("off")
@@ -69,7 +69,7 @@ def draw_answers(model, processor, record: dict, path: str | Path):
     ]
     for height, line, style in lines:
         text.text(0, height, line, transform=text.transAxes, va="center", **({"fontsize": 11} | style))
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def main():
