@@ -144,9 +144,9 @@ class Experiment:
     Args:
         name (`str`): Name in files and JSON.
         num_thoughts (`int`, *optional*): Latents in the prompt; `None` for no block.
-        picture (`str`): `"own"`, `"grey"`, or `"other"`: that of another record with as many tiles.
+        picture (`str`): `"own"`, `"grey"`, `"other"`: that of another record, or `"swap"`: that of the donor.
         feed (`str`, *optional*): The experiment whose recorded thoughts are fed in place of the computed ones.
-        replace (`str`, *optional*): A key of [`KINDS`], or `"swap_same"`: what thoughts are replaced by.
+        replace (`str`, *optional*): What thoughts are replaced by: a key of [`KINDS`], `"swap_same"` or `"decoy"`.
         index (`int`, *optional*): The only thought that is replaced; all if not given.
         answer_sees (`str`): As in [`MultiCoCoForConditionalGeneration.forward`].
         records (`bool`): Keep the thoughts that were fed.
@@ -189,6 +189,8 @@ def plan(
     for name in pictures:
         second.append(Experiment(f"{name}-thoughts", count, feed=f"{name}-both"))
         second.append(Experiment(f"{name}-answer", count, picture=name, feed="intact"))
+    if has_images:
+        second += [Experiment(f"{kind}-picture", count, picture="swap", replace=kind) for kind in ("swap", "decoy")]
     return first, second
 
 
@@ -204,12 +206,13 @@ def choose_budgets(trained: int) -> list[int]:
     return sorted({round(part * trained / 8) for part in range(9)} | {trained + 1, trained + 2})
 
 
-def choose_donors(answers: Sequence[str], same: bool, rng: np.random.Generator) -> np.ndarray:
-    """For each sample another one whose answer is the same, or another; -1 where there is none."""
-    _, codes = np.unique(np.asarray(answers, dtype=object).astype(str), return_inverse=True)
+def choose_donors(answers: Sequence[str], tiles: Sequence[list[int]], same: bool, rng) -> np.ndarray:
+    """For each sample one with as many tiles whose answer is the same, or another; -1 where there is none."""
+    _, codes = np.unique(np.asarray(answers, dtype=str), return_inverse=True)
+    _, shapes = np.unique(np.asarray([str(counts) for counts in tiles]), return_inverse=True)
     donors = np.full(len(codes), -1)
-    for sample, code in enumerate(codes):
-        candidates = np.flatnonzero(codes == code if same else codes != code)
+    for sample, (code, shape) in enumerate(zip(codes, shapes, strict=True)):
+        candidates = np.flatnonzero(((codes == code) == same) & (shapes == shape))
         candidates = candidates[candidates != sample]
         if len(candidates):
             donors[sample] = rng.choice(candidates)
@@ -297,11 +300,11 @@ class Diagnosis:
         rng = np.random.default_rng((self.arguments.seed, 1))
         # The decoy is drawn like the donor, but no thought of it is fed: how often answers agree by chance.
         self.donors = {
-            "swap": choose_donors(answers, False, rng),
-            "decoy": choose_donors(answers, False, rng),
-            "swap_same": choose_donors(answers, True, rng),
+            "swap": choose_donors(answers, self.tiles, False, rng),
+            "decoy": choose_donors(answers, self.tiles, False, rng),
+            "swap_same": choose_donors(answers, self.tiles, True, rng),
         }
-        self.mean = thoughts.mean(dim=0)  # (n, D)
+        self.mean = thoughts.double().mean(dim=0).to(thoughts.dtype)  # (n, D)
         generator = torch.Generator().manual_seed(self.arguments.seed)
         noise = torch.randn(thoughts.shape, generator=generator, dtype=torch.float64)
         self.noise = (noise / noise.norm(dim=-1, keepdim=True)).to(thoughts.dtype)  # (N, n, D), of norm 1
@@ -400,8 +403,11 @@ class Diagnosis:
         }
 
     def encode(self, rows: Sequence[int], picture: str) -> torch.Tensor:
-        """Visual features `(tiles, P, D)`: of the own, of another or of a grey picture."""
-        sources = [self.picture_of[row] if picture == "other" and self.picture_of[row] >= 0 else row for row in rows]
+        """Visual features `(tiles, P, D)` of the pictures that [`Experiment`] names; the own where there is none."""
+        sources = np.array(rows)
+        if picture in ("other", "swap"):
+            others = (self.picture_of if picture == "other" else self.donors["swap"])[sources]
+            sources = np.where(others >= 0, others, sources)
         prompts = [self.dataset.prompt(int(source), 0) for source in sources]
         pixels = self.subject.collator.prompts(prompts)["pixel_values"]
         if picture == "grey":
@@ -442,13 +448,16 @@ class Diagnosis:
 
     def valid(self, experiment: Experiment) -> np.ndarray:
         """Which samples an experiment changed: those with a donor, with another picture, with a picture."""
-        if experiment.replace in ("swap", "swap_same"):
-            return self.donors[experiment.replace] >= 0
-        if experiment.name.startswith("other-"):
-            return self.picture_of >= 0
-        if experiment.name.startswith("grey-"):
-            return np.array([bool(counts) for counts in self.tiles])
-        return np.ones(len(self.records), dtype=bool)
+        changed = np.ones(len(self.records), dtype=bool)
+        if experiment.replace in ("swap", "swap_same", "decoy"):
+            changed &= self.donors[experiment.replace] >= 0
+        if experiment.picture == "swap":
+            changed &= self.donors["swap"] >= 0
+        if "other" in (experiment.picture, (experiment.feed or "").removesuffix("-both")):
+            changed &= self.picture_of >= 0
+        if experiment.picture != "own" or experiment.feed in ("grey-both", "other-both"):
+            changed &= np.array([bool(counts) for counts in self.tiles])
+        return changed
 
     def kept(self, name: str, compute, **settings):
         """The result of `compute()`, or that of an earlier run with the same settings."""
@@ -464,3 +473,932 @@ class Diagnosis:
         partial.write_text(json.dumps({"settings": settings, "result": result}), encoding="utf-8")
         os.replace(partial, path)
         return result
+
+
+# --- a look at the thoughts themselves ---------------------------------------------------------------------------
+
+
+def read_lens(diagnosis: Diagnosis, top: int = 5, rows_at_once: int = 64) -> list[list[list[int]]]:
+    """The `top` tokens that `lm_head` reads from each thought: for each sample, for each index."""
+    model = diagnosis.subject.model
+    found = []
+    for thoughts in diagnosis.thoughts["intact"].split(rows_at_once):
+        with torch.no_grad():
+            logits = model.lm_head(thoughts.to(diagnosis.device))  # (rows, n, V)
+        found += logits.topk(top, dim=-1).indices.tolist()
+    return found
+
+
+def first_tokens(diagnosis: Diagnosis) -> list[list[int]]:
+    """For each sample the first token of each written step (of the first rationale, where there are several)."""
+    return [[step[0] for step in row.rationales[0]] for row in diagnosis.dataset.rows]
+
+
+def lens_hits(lens, steps, c_thought: int, index: int, seed: int) -> dict[str, dict[int, list[bool]]]:
+    """
+    Whether the lens reads, from the thought at `index`, the first token of the step that it replaced.
+
+    Returns for `"top1"`, `"top5"` and `"chance"` a dictionary from sample to hit. Chance: the same lens against that
+    step of another sample. Samples without that step are left out.
+    """
+    step = index // c_thought
+    rows = [row for row, firsts in enumerate(steps) if step < len(firsts)]
+    others = [rows[place] for place in np.roll(np.random.default_rng((seed, 2)).permutation(len(rows)), 1)]
+    return {
+        "top1": {row: lens[row][index][0] == steps[row][step] for row in rows},
+        "top5": {row: steps[row][step] in lens[row][index] for row in rows},
+        "chance": {row: lens[row][index][0] == steps[other][step] for row, other in zip(rows, others, strict=True)},
+    }
+
+
+def effective_rank(vectors: torch.Tensor) -> float:
+    """Exponential of the entropy of the normalised squared singular values of centred `vectors` (count, D)."""
+    vectors = vectors.double()
+    values = torch.linalg.svdvals(vectors - vectors.mean(dim=0)).square()
+    total = values.sum()
+    if total <= 1e-12 * vectors.square().sum().clamp(min=1e-300):  # all the same, up to rounding
+        return 1.0
+    shares = values[values > 0] / total
+    return float((-(shares * shares.log()).sum()).exp())
+
+
+def measure_geometry(diagnosis: Diagnosis, num_prompts: int = 64) -> dict[str, Any]:
+    """Norms of what the language model is fed; cosines, spread and effective rank of thoughts."""
+    thoughts = diagnosis.thoughts["intact"].double()  # (N, n, D)
+    rows = list(range(min(num_prompts, len(diagnosis.records))))
+    model, batch = diagnosis.subject.model, diagnosis.prompts(rows, diagnosis.num_thoughts)
+    ids, real = batch["input_ids"], batch["attention_mask"].bool()
+    with torch.no_grad():
+        text = model.get_input_embeddings()(ids)
+    is_image = ids == model.config.image_token_id
+    norms = {"text": text[real & ~is_image & (ids != model.config.latent_token_id)].double().norm(dim=-1)}
+    if any(diagnosis.tiles[row] for row in rows):
+        norms["image"] = diagnosis.encode(rows, "own").double().flatten(0, 1).norm(dim=-1)
+    norms |= {f"thought {index + 1}": thoughts[:, index].norm(dim=-1) for index in range(thoughts.shape[1])}
+    units = thoughts / thoughts.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+    count = len(units)
+    # The mean of all pairs of different samples, from the sum of the unit vectors.
+    across = (units.sum(dim=0).square().sum(dim=-1) - units.square().sum(dim=(0, 2))) / (count * (count - 1))
+    within = (units[:, 1:] * units[:, :-1]).sum(dim=-1).mean(dim=0)  # (n - 1,)
+    spread = (thoughts - thoughts.mean(dim=0)).square().sum(dim=(0, 2)) / thoughts.square().sum(dim=(0, 2)).clamp(
+        min=1e-300
+    )
+    return {
+        "norms": {
+            name: {
+                "mean": float(values.mean()),
+                "low": float(values.quantile(0.05)),
+                "high": float(values.quantile(0.95)),
+            }
+            for name, values in norms.items()
+        },
+        "cosine_across_samples": across.tolist(),
+        "cosine_with_next": within.tolist(),
+        "spread": spread.tolist(),
+        "effective_rank": [effective_rank(thoughts[:, index]) for index in range(thoughts.shape[1])],
+        "effective_rank_of_all": effective_rank(thoughts.flatten(0, 1)),
+    }
+
+
+def collapse_warnings(geometry: Mapping[str, Any]) -> list[str]:
+    """In words, what the rule of collapse finds."""
+    same = [f"{index + 1}" for index, share in enumerate(geometry["spread"]) if share < COLLAPSED_SHARE]
+    equal = [
+        f"{index + 1} and {index + 2}"
+        for index, cosine in enumerate(geometry["cosine_with_next"])
+        if cosine > COLLAPSED_COSINE
+    ]
+    found = []
+    if same:
+        found.append(f"thought {', '.join(same)}: nearly the same vector for every sample")
+    if equal:
+        found.append(f"thoughts {', '.join(equal)}: nearly the same direction within a sample")
+    return found
+
+
+def measure_attention(diagnosis: Diagnosis) -> list[dict[str, Any]]:
+    """
+    Attention of some samples, one at a time: mean over layers and heads, from the position that makes each thought
+    and, last, from the one that writes the answer's first token.
+
+    Returns for each sample `shares`, one row a query: image, question (all other text), thoughts; and `picture`, one
+    row a query: weights of the visual tokens of the first image's last tile (its thumbnail, if it has several).
+    """
+    model, arguments = diagnosis.subject.model, diagnosis.arguments
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    found = []
+    for row in range(min(max(arguments.num_attention, arguments.num_drawn), len(diagnosis.records))):
+        batch = diagnosis.prompts([row], diagnosis.num_thoughts)
+        if diagnosis.tiles[row]:
+            features = BaseModelOutputWithPooling(pooler_output=diagnosis.encode([row], "own"))
+            batch["mm_encoder_outputs"] = {"image": features}
+        with torch.no_grad():
+            attentions = model(**batch, output_attentions=True).attentions  # a (1, heads, T, T) for each layer
+        weights = torch.stack([layer[0].double().mean(dim=0) for layer in attentions]).mean(dim=0).cpu()  # (T, T)
+        ids = batch["input_ids"][0].cpu()
+        latents, image = ids == model.config.latent_token_id, ids == model.config.image_token_id
+        queries = [*(latents.nonzero().flatten() - 1).tolist(), len(ids) - 1]
+        shares = [
+            [float(weights[query][group].sum()) for group in (image, ~image & ~latents, latents)] for query in queries
+        ]
+        sample = {"shares": shares, "picture": []}
+        if diagnosis.tiles[row] and row < arguments.num_drawn:
+            size = diagnosis.dataset.num_image_token
+            last = image.nonzero().flatten()[: size * diagnosis.tiles[row][0]][-size:]
+            sample["picture"] = weights[queries][:, last].tolist()
+        found.append(sample)
+    model.set_attn_implementation(before)
+    return found
+
+
+# --- figures -----------------------------------------------------------------------------------------------------
+
+
+def paired_interval(first, second, level: float, seed: int = 0, draws: int = 10000) -> tuple[float, float]:
+    """[`paired_bootstrap`] for any level."""
+    values, counts = np.unique(np.asarray(first, float) - np.asarray(second, float), return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=draws)
+    low, high = np.quantile(drawn @ values / counts.sum(), ((1 - level) / 2, (1 + level) / 2))
+    return float(low), float(high)
+
+
+def difference(first: Sequence[float], second: Sequence[float], num_tests: int = 1) -> dict[str, Any] | None:
+    """
+    `mean(first) - mean(second)` of paired scores: its 95 % interval, McNemar's exact p where all scores are 0 or 1,
+    and whether it is above 0 when `num_tests` are made: interval and p at the level `ALPHA / num_tests`.
+    """
+    if not len(first):
+        return None
+    first, second = np.asarray(first, float), np.asarray(second, float)
+    low, high = paired_interval(first, second, 0.95)
+    corrected_low, _ = paired_interval(first, second, 1 - ALPHA / num_tests)
+    is_binary = bool(np.isin(np.concatenate([first, second]), (0, 1)).all())
+    p = mcnemar(first == 1, second == 1) if is_binary else None
+    return {
+        "samples": len(first),
+        "difference": float(first.mean() - second.mean()),
+        "low": low,
+        "high": high,
+        "mcnemar_p": p,
+        "num_tests": num_tests,
+        "above_0": corrected_low > 0 and (p is None or p < ALPHA / num_tests),
+    }
+
+
+def rate(hits: Sequence[float]) -> dict[str, Any]:
+    """A share with its 95 % interval; of 0 samples `None`."""
+    values = np.asarray(hits, float)
+    if not len(values):
+        return {"rate": None, "low": None, "high": None, "samples": 0}
+    if np.isin(values, (0, 1)).all():
+        low, high = wilson_interval(float(values.mean()), len(values))
+    else:
+        low, high = paired_interval(values, np.zeros(len(values)), 0.95)
+    return {"rate": float(values.mean()), "low": low, "high": high, "samples": len(values)}
+
+
+class Scores:
+    """Predictions and scores of all experiments of a checkpoint as arrays; NaN is the score of what does not count."""
+
+    def __init__(self, diagnosis: Diagnosis, metric):
+        self.diagnosis = diagnosis
+        self.predictions, self.scores, self.valid, self.new_tokens = {}, {}, {}, {}
+        for experiment in (*diagnosis.first, *diagnosis.second):
+            name, lines = experiment.name, diagnosis.lines[experiment.name]
+            values = [
+                metric(record, line["prediction"]) for record, line in zip(diagnosis.records, lines, strict=True)
+            ]
+            self.predictions[name] = np.array([line["prediction"] for line in lines], dtype=object)
+            self.scores[name] = np.array([math.nan if value is None else value for value in values])
+            self.new_tokens[name] = np.array([line["new_tokens"] for line in lines])
+            self.valid[name] = diagnosis.valid(experiment)
+
+    def minus(self, first: str, second: str, num_tests: int = 1, other: "Scores | None" = None):
+        """[`difference`] of the accuracies of two experiments; the second may be another checkpoint's."""
+        other = other or self
+        keep = self.valid[first] & other.valid[second]
+        keep &= ~np.isnan(self.scores[first]) & ~np.isnan(other.scores[second])
+        return difference(self.scores[first][keep], other.scores[second][keep], num_tests)
+
+    def table(self) -> dict[str, dict[str, Any]]:
+        """For each experiment: settings, accuracy, tokens, and how it differs from the intact run."""
+        rows = {}
+        for experiment in (*self.diagnosis.first, *self.diagnosis.second):
+            name = experiment.name
+            valid = self.valid[name]
+            scored = valid & ~np.isnan(self.scores[name])
+            flips = self.predictions[name][valid] != self.predictions["intact"][valid]
+            rows[name] = {
+                **asdict(experiment),
+                "accuracy": rate(self.scores[name][scored]),
+                "new_tokens": float(self.new_tokens[name][valid].mean()) if valid.any() else None,
+                "flips": rate(flips.astype(float)),
+                "loss": self.minus("intact", name),
+            }
+        return rows
+
+
+def judge_thoughts(scores: Scores) -> dict[str, Any]:
+    """
+    The verdict. Counted tests: one for each kind of damage to all thoughts, and one for each way to follow a donor.
+
+    "used": at least one damage costs accuracy, *and* answers follow the donor of the thoughts, each at the level
+    0.05 / number of tests (interval and McNemar's p). That damage alone costs accuracy says only that thoughts must
+    look familiar. Following is shown if, with the donor's thoughts, the answer is the donor's
+
+    - more often than it is a decoy's, a sample drawn in the same way whose thoughts are not fed (own picture); or
+    - more often than with the decoy's thoughts, both times under the donor's picture and the own question: thoughts
+      that say *where* to look give the donor's answer only there.
+
+    A thought by itself is used if the verdict is "used" and accuracy falls, after the loop, when it alone is replaced
+    by the mean or by the donor's, at 0.05 / (2 x thoughts).
+    """
+    diagnosis = scores.diagnosis
+    has_images, count = "swap-picture" in scores.scores, diagnosis.num_thoughts
+    num_tests = len(KINDS) + 1 + has_images
+    damage = {kind: scores.minus("intact", f"{kind}-all", num_tests) for kind in KINDS}
+    answers, swapped = scores.predictions["intact"], scores.predictions["swap-all"]
+    donors, decoys = diagnosis.donors["swap"], diagnosis.donors["decoy"]
+    rows = np.flatnonzero((donors >= 0) & (decoys >= 0))
+    same = np.flatnonzero(diagnosis.donors["swap_same"] >= 0)
+    following = {"own_picture": ((swapped == answers[donors])[rows], (swapped == answers[decoys])[rows])}
+    if has_images:
+        rows = np.flatnonzero(scores.valid["swap-picture"] & scores.valid["decoy-picture"])
+        following["donors_picture"] = tuple(
+            (scores.predictions[f"{kind}-picture"] == answers[donors])[rows] for kind in ("swap", "decoy")
+        )
+    following = {
+        name: {"donor": rate(found), "decoy": rate(chance), "test": difference(found, chance, num_tests)}
+        for name, (found, chance) in following.items()
+    }
+    harmful = [kind for kind, found in damage.items() if found and found["above_0"]]
+    followed = [name for name, found in following.items() if found["test"] and found["test"]["above_0"]]
+    is_used = bool(harmful and followed)
+    indices = []
+    for index in range(count if is_used else 0):
+        names = [name_of(kind, index, "after", count) for kind in ("mean", "swap")]
+        if any((found := scores.minus("intact", name, 2 * count)) and found["above_0"] for name in names):
+            indices.append(index)
+    has_donor = np.flatnonzero(donors >= 0)
+    return {
+        "verdict": USED if is_used else NOT_SHOWN,
+        "num_tests": num_tests,
+        "alpha": ALPHA,
+        "damage": damage,
+        "harmful": harmful,
+        "following": following,
+        "followed": followed,
+        "stays": rate((swapped == answers)[has_donor]),
+        "stays_with_same_answer": rate((scores.predictions["swap_same-all"] == answers)[same]),
+        "used_indices": indices,
+    }
+
+
+def judge_picture(scores: Scores) -> dict[str, Any]:
+    """
+    "used" by the model: a grey or another picture for thoughts and answer costs accuracy, at 0.05 / 2. Through the
+    thoughts: whichever picture is given to the answer, the right or the wrong one, it is right more often with the
+    thoughts of the right one than of the wrong one, in at least one of four cases at 0.05 / 4.
+    """
+    names = ("grey", "other")
+    whole = {name: scores.minus("intact", f"{name}-both", 2) for name in names}
+    found = {"tests": whole, "verdict": _any_above_0(whole)}
+    if "grey-answer" in scores.scores:
+        through = {f"{name}, wrong for the answer": (f"{name}-answer", f"{name}-both") for name in names}
+        through |= {f"{name}, right for the answer": ("intact", f"{name}-thoughts") for name in names}
+        through = {label: scores.minus(*pair, 4) for label, pair in through.items()}
+        found |= {"through_thoughts": through, "through_verdict": _any_above_0(through)}
+    return found
+
+
+def _any_above_0(tests: Mapping[str, Any]) -> str:
+    return USED if any(test and test["above_0"] for test in tests.values()) else NOT_SHOWN
+
+
+def lens_table(diagnosis: Diagnosis, lens, steps, control: Diagnosis | None, control_lens) -> list[dict[str, Any]]:
+    """Hit rates for each index that replaced a step of some sample, beside chance and the control."""
+    c_thought, seed, table = diagnosis.subject.config.c_thought, diagnosis.arguments.seed, []
+    for index in range(diagnosis.num_thoughts):
+        hits = lens_hits(lens, steps, c_thought, index, seed)
+        if not hits["top1"]:
+            continue
+        top1 = [float(hit) for hit in hits["top1"].values()]
+        chance = [float(hit) for hit in hits["chance"].values()]
+        row = {
+            "index": index,
+            "step": index // c_thought,
+            "top1": rate(top1),
+            "top5": rate([float(hit) for hit in hits["top5"].values()]),
+            "chance": rate(chance),
+            "above_chance": difference(top1, chance),
+        }
+        if control_lens is not None and index < control.num_thoughts:
+            other = lens_hits(control_lens, first_tokens(control), control.subject.config.c_thought, index, seed)
+            both = [sample for sample in hits["top1"] if sample in other["top1"]]
+            row["control"] = rate([float(hit) for hit in other["top1"].values()])
+            row["above_control"] = difference(
+                [float(hits["top1"][sample]) for sample in both], [float(other["top1"][sample]) for sample in both]
+            )
+        table.append(row)
+    return table
+
+
+def examine(diagnosis: Diagnosis) -> dict[str, Any]:
+    """What is read from a model that thinks, beside the answers of its experiments."""
+    if not diagnosis.num_thoughts:
+        return {}
+    found = {
+        "lens": diagnosis.kept("lens", lambda: read_lens(diagnosis)),
+        "geometry": diagnosis.kept("geometry", lambda: measure_geometry(diagnosis)),
+    }
+    arguments = diagnosis.arguments
+    if diagnosis.second:
+        found["attention"] = diagnosis.kept(
+            "attention",
+            lambda: measure_attention(diagnosis),
+            num_drawn=arguments.num_drawn,
+            num_attention=arguments.num_attention,
+        )
+    return found
+
+
+def summarise(diagnosis: Diagnosis, scores: Scores, seen: Mapping[str, Any], control, control_scores, control_seen):
+    """All figures of the page; what a checkpoint or its data do not have is left out."""
+    config = diagnosis.subject.config
+    report = {
+        "model": {
+            "name": diagnosis.subject.name,
+            "mode": config.mode,
+            "stage": config.stage,
+            "trained_thoughts": config.num_thoughts,
+            "num_thoughts": diagnosis.num_thoughts,
+            "c_thought": config.c_thought,
+        },
+        "samples": len(diagnosis.records),
+        "experiments": scores.table(),
+    }
+    has_images = "grey-both" in scores.scores
+    if diagnosis.num_thoughts:
+        report["thoughts"] = judge_thoughts(scores)
+        steps = first_tokens(diagnosis)
+        lens = control_seen.get("lens")
+        report["lens"] = lens_table(diagnosis, seen["lens"], steps, control, lens)
+        report["geometry"] = {**seen["geometry"], "warnings": collapse_warnings(seen["geometry"])}
+        shares = np.array([sample["shares"] for sample in seen["attention"]][: diagnosis.arguments.num_attention])
+        report["attention"] = {"samples": len(shares), "shares": shares.mean(axis=0).tolist()}
+    if has_images:
+        report["picture"] = judge_picture(scores)
+    if control is not None:
+        report["control"] = {
+            "name": control.subject.name,
+            "mode": control.subject.config.mode,
+            "num_thoughts": control.num_thoughts,
+            "experiments": control_scores.table(),
+            "accuracy_above_control": scores.minus("intact", "intact", other=control_scores),
+        }
+        if has_images and "grey-both" in control_scores.scores:
+            report["control"]["picture"] = judge_picture(control_scores)
+        if "geometry" in control_seen:
+            geometry = control_seen["geometry"]
+            report["control"]["geometry"] = {**geometry, "warnings": collapse_warnings(geometry)}
+    report["examples"] = [show_example(diagnosis, row, seen) for row in range(min(6, len(diagnosis.records)))]
+    return report
+
+
+def show_example(diagnosis: Diagnosis, row: int, seen: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with what was written and read, as plain text."""
+    record, tokenizer = diagnosis.records[row], diagnosis.subject.processor.tokenizer
+    example = {
+        "id": str(record["id"]),
+        "question": record["question"],
+        "steps": record["steps"],
+        "answer": record["answer"],
+        "written": {"intact": diagnosis.lines["intact"][row]["text"]},
+    }
+    if "budget-0" in diagnosis.lines:
+        example["written"]["no thoughts"] = diagnosis.lines["budget-0"][row]["text"]
+    if diagnosis.donors is not None and (donor := int(diagnosis.donors["swap"][row])) >= 0:
+        example["written"]["thoughts of another"] = diagnosis.lines["swap-all"][row]["text"]
+        example["donor"] = {
+            "id": str(diagnosis.records[donor]["id"]),
+            "prediction": diagnosis.lines["intact"][donor]["prediction"],
+        }
+    if "lens" in seen:
+        example["lens"] = [[tokenizer.decode([token]) for token in tokens[:3]] for tokens in seen["lens"][row]]
+    return example
+
+
+# --- the page ----------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1c2024;--soft:#5b6570;--line:#d6dbe0;--page:#fafbfc;--card:#fff;--mark:#1f6feb;
+--good:#1a7f37;--warn:#9a6700}
+@media (prefers-color-scheme:dark){:root{--ink:#e4e8ec;--soft:#98a3ae;--line:#353c44;--page:#15181c;--card:#1d2126;
+--mark:#6cb0ff;--good:#57c26f;--warn:#e0b341}}
+*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
+main{max-width:76rem;margin:0 auto;padding:1rem}h1{font-size:1.5rem;margin:.5rem 0}
+h2{font-size:1.15rem;margin:0 0 .5rem}
+section{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem;margin:1rem 0}
+p{margin:.4rem 0;max-width:46rem}.soft{color:var(--soft);font-size:.9rem}.verdict{font-size:1.25rem;font-weight:600}
+.used{color:var(--good)}.unshown,.warning{color:var(--warn)}.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th:first-child,td:first-child{text-align:left;padding-left:0;white-space:normal;min-width:9rem}
+th{font-weight:600;color:var(--soft);vertical-align:bottom}
+td.heat{background:color-mix(in srgb,var(--mark) calc(var(--v)*70%),transparent);text-align:center}
+td.text,th.text{text-align:left}svg{display:block;max-width:100%}
+svg text{fill:var(--soft);font:12px system-ui,sans-serif}
+.axis{stroke:var(--line)}.mark{stroke:var(--mark);fill:var(--mark)}.line{stroke:var(--mark);fill:none;stroke-width:2}
+.other{stroke:var(--soft);stroke-dasharray:4 3}.two{display:grid;gap:0 2rem}
+.two>*{min-width:0}.chart{width:100%;max-width:36rem}
+@media (min-width:64rem){.two{grid-template-columns:1fr 1fr}}
+.pictures{display:flex;flex-wrap:wrap;gap:.5rem}figure{margin:0}figcaption{font-size:.8rem;color:var(--soft)}
+figure img{width:7rem;height:auto;display:block;image-rendering:pixelated}
+code,.said{font-family:ui-monospace,monospace;font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere}
+dl{display:grid;grid-template-columns:minmax(6rem,auto) 1fr;gap:.15rem .8rem;margin:.3rem 0}dt{color:var(--soft)}
+dd{margin:0;min-width:0}
+"""
+
+
+def text(value: Any) -> str:
+    """Any text that did not stand in this file, safe inside HTML and its attributes."""
+    return html.escape(str(value), quote=True)
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def points(found: Mapping[str, Any] | None) -> str:
+    """A difference with its interval, in points of a percent."""
+    if found is None:
+        return "-"
+    return f"{100 * found['difference']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+
+
+def p_value(found: Mapping[str, Any] | None) -> str:
+    if found is None or found["mcnemar_p"] is None:
+        return "-"
+    return f"{found['mcnemar_p']:.2g}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that scrolls by itself on a narrow screen. Cells are HTML; a cell that begins with `<td` is whole."""
+    lines = ["<div class=scroll><table><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+    for row in rows:
+        cells = (cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row)
+        lines.append("<tr>" + "".join(cells) + "</tr>")
+    return "\n".join([*lines, "</table></div>"])
+
+
+def heat(value: float | None) -> str:
+    """A table cell that is the darker, the larger the share."""
+    return "<td>-</td>" if value is None else f'<td class=heat style="--v:{value:.3f}">{percent(value)}</td>'
+
+
+def span(found: Mapping[str, Any] | None) -> str:
+    """The interval of a difference, drawn from -100 to +100 points with a line at 0."""
+    if found is None:
+        return ""
+    low, middle, high = (100 + 100 * found[name] for name in ("low", "difference", "high"))
+    return (
+        '<svg viewBox="0 0 200 14" width="160" height="11" role="img" aria-label="interval">'
+        '<path class=axis d="M0 7H200M100 0V14"/>'
+        f'<path class=line d="M{low:.1f} 7H{high:.1f}"/><circle class=mark cx="{middle:.1f}" cy="7" r="4"/></svg>'
+    )
+
+
+def line_chart(
+    places: Sequence[tuple[float, Mapping[str, Any]]], across: str, other: float | None, mark: float
+) -> str:
+    """Rates with intervals against a number; a dashed line at `other`, a dotted one at the number `mark`."""
+    width, height, left, top, bottom = 360, 210, 38, 8, 36
+    first, last = places[0][0], max(places[-1][0], places[0][0] + 1)
+    at = lambda x: left + 10 + (x - first) / (last - first) * (width - left - 24)  # noqa: E731
+    up = lambda y: top + (1 - y) * (height - top - bottom)  # noqa: E731
+    parts = [f'<svg class=chart viewBox="0 0 {width} {height}" role="img" aria-label="accuracy against {across}">']
+    for y in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(f'<path class=axis d="M{left} {up(y):.1f}H{width}"/>')
+        parts.append(f'<text x="{left - 5}" y="{up(y) + 4:.1f}" text-anchor="end">{100 * y:.0f}</text>')
+    parts.append(f'<path class=axis stroke-dasharray="2 3" d="M{at(mark):.1f} {top}V{up(0):.1f}"/>')
+    if other is not None:
+        parts.append(f'<path class=other d="M{left} {up(other):.1f}H{width}"/>')
+    known = [(x, found) for x, found in places if found["rate"] is not None]
+    line = " ".join(f"{at(x):.1f},{up(found['rate']):.1f}" for x, found in known)
+    parts.append(f'<polyline class=line points="{line}"/>')
+    for x, found in known:
+        parts.append(f'<path class=line d="M{at(x):.1f} {up(found["low"]):.1f}V{up(found["high"]):.1f}"/>')
+        parts.append(f'<circle class=mark cx="{at(x):.1f}" cy="{up(found["rate"]):.1f}" r="3.5"/>')
+    for x, _ in places:
+        parts.append(f'<text x="{at(x):.1f}" y="{height - bottom + 16}" text-anchor="middle">{x}</text>')
+    parts.append(f'<text x="{(left + width) / 2:.1f}" y="{height - 4}" text-anchor="middle">{across}</text></svg>')
+    return "".join(parts)
+
+
+def section(title: str, *parts: str) -> str:
+    return f"<section><h2>{title}</h2>\n" + "\n".join(part for part in parts if part) + "\n</section>"
+
+
+def loss_rows(experiments: Mapping[str, Any], names: Mapping[str, str]) -> list[list[str]]:
+    """One table row for each experiment: accuracy, flips, loss against the intact run."""
+    rows = []
+    for name, label in names.items():
+        if name in experiments:
+            row = experiments[name]
+            rows.append(
+                [
+                    label,
+                    percent(row["accuracy"]["rate"]),
+                    percent(row["flips"]["rate"]),
+                    points(row["loss"]),
+                    span(row["loss"]),
+                    p_value(row["loss"]),
+                    str(row["accuracy"]["samples"]),
+                ]
+            )
+    return rows
+
+
+LOSS_HEAD = ("", "accuracy", "answers flipped", "intact minus this, points [95 %]", "", "McNemar's p", "samples")
+
+
+def draw_attention(diagnosis: Diagnosis, attention: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """For each drawn sample its picture as data URIs: plain, then under the attention of each query."""
+    drawn = []
+    for row, sample in enumerate(attention[: diagnosis.arguments.num_drawn]):
+        if not sample["picture"]:
+            continue
+        image = diagnosis.records[row]["images"][0]
+        image = open_image(image.open() if hasattr(image, "row") else image, row, 0)
+        image = image.resize((112, max(1, round(112 * image.height / image.width))), Image.Resampling.NEAREST)
+        weights = np.array(sample["picture"])  # (queries, P)
+        weights /= weights.max()
+        side = math.isqrt(weights.shape[1])
+        pictures = [_data_uri(image)]
+        for query in weights:
+            mask = Image.fromarray((255 * query.reshape(side, side)).astype(np.uint8))
+            mask = mask.resize(image.size, Image.Resampling.NEAREST)
+            dark = Image.eval(image, lambda value: value // 5)
+            pictures.append(_data_uri(Image.composite(image, dark, mask)))
+        drawn.append(pictures)
+    return drawn
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+FOLLOWING = {"own_picture": "the own picture", "donors_picture": "the donor's picture"}
+
+
+def verdict_section(report: Mapping[str, Any]) -> str:
+    found = report.get("thoughts")
+    parts = []
+    if found is None:
+        parts.append("<p class=verdict>No thoughts: this checkpoint answers without them.</p>")
+    else:
+        kind = "used" if found["verdict"] == USED else "unshown"
+        parts.append(f"<p class='verdict {kind}'>The thoughts are {found['verdict']}.</p>")
+        harm = ", or ".join(KINDS[kind] for kind in found["harmful"])
+        harm = f"accuracy falls when all thoughts are replaced by {harm}" if harm else "no replacement costs accuracy"
+        follows = "; ".join(
+            f"under {FOLLOWING[name]} in <b>{percent(row['donor']['rate'])}</b> of {row['donor']['samples']} cases "
+            f"(decoy: {percent(row['decoy']['rate'])})"
+            for name, row in found["following"].items()
+        )
+        parts.append(
+            f"<p>Damage: {harm}.</p><p>Content: with the thoughts of a sample that had another answer, the answer is "
+            f"that sample's {follows}.</p>"
+        )
+        if found["used_indices"]:
+            names = ", ".join(str(index + 1) for index in found["used_indices"])
+            parts.append(f"<p>Shown to be used by itself: thought {names} of {report['model']['num_thoughts']}.</p>")
+        parts.append(rule(found["num_tests"], len(found["following"])))
+        for warning in report["geometry"]["warnings"]:
+            parts.append(f"<p class=warning>Collapse: {text(warning)} (section Geometry).</p>")
+    if picture := report.get("picture"):
+        parts.append(f"<p>The picture is <b>{picture['verdict']}</b>.</p>")
+        if "through_verdict" in picture:
+            parts.append(f"<p>What the thoughts took from the picture is <b>{picture['through_verdict']}</b>.</p>")
+    if control := report.get("control"):
+        parts.append(
+            f"<p>Against the control <code>{text(control['name'])}</code> ({text(control['mode'])}): accuracy "
+            f"{points(control['accuracy_above_control'])} points.</p>"
+        )
+    return section("Verdict", *parts)
+
+
+def rule(num_tests: int, num_following: int) -> str:
+    """How the verdict is reached, in the page's words; [`judge_thoughts`] is the rule."""
+    return (
+        f"<details class=soft><summary>The rule</summary><p>{len(KINDS)} kinds of damage to all thoughts and "
+        f"{num_following} of following are counted: {num_tests} tests. A test holds if the paired bootstrap interval "
+        f"at the level 1 - {ALPHA} / {num_tests} lies above 0 and McNemar's exact p is below {ALPHA} / {num_tests}. "
+        f"“{USED}”: at least one damage costs accuracy <i>and</i> answers follow the donor of the thoughts: under the "
+        "own picture more often than they agree with a decoy, a sample drawn in the same way whose thoughts are not "
+        "fed; or under the donor's picture more often than with the decoy's thoughts. Anything else is "
+        f"“{NOT_SHOWN}”, which is not “not used”. A single thought is shown to be used if, besides, accuracy falls "
+        f"when after the loop it alone is replaced by the mean or by the donor's, at {ALPHA} / (2 x thoughts). The "
+        f"picture: two tests (grey, another sample's), at {ALPHA} / 2. What thoughts took from it: four, at {ALPHA} / 4; "
+        "with the right or the wrong picture for the answer, thoughts of the right one against those of the wrong one."
+        "</p>"
+        "</details>"
+    )
+
+
+def budget_section(report: Mapping[str, Any]) -> str:
+    experiments, trained = report["experiments"], report["model"]["num_thoughts"]
+    rows = {
+        row["num_thoughts"]: row for name, row in experiments.items() if name == "intact" or name.startswith("budget-")
+    }
+    rows = dict(sorted(rows.items()))
+    control = report.get("control")
+    other = control["experiments"]["intact"]["accuracy"]["rate"] if control else None
+    chart = line_chart([(count, row["accuracy"]) for count, row in rows.items()], "thoughts", other, trained)
+    body = [
+        [
+            str(count),
+            percent(row["accuracy"]["rate"]),
+            f"{percent(row['accuracy']['low'])} - {percent(row['accuracy']['high'])}",
+            f"{row['new_tokens']:.1f}",
+            points(row["loss"]) if count != trained else "",
+            p_value(row["loss"]) if count != trained else "",
+        ]
+        for count, row in rows.items()
+    ]
+    head = ("thoughts", "accuracy", "95 %", "generated tokens", "asked minus this, points [95 %]", "McNemar's p")
+    note = f"<p class=soft>Accuracy in percent. Dotted: the {trained} thoughts that all else on this page is about."
+    note += " Dashed: the control.</p>" if control else "</p>"
+    return section("How many thoughts", f"<div class=two><div>{chart}{note}</div><div>{table(head, body)}</div></div>")
+
+
+def damage_section(report: Mapping[str, Any]) -> str:
+    experiments, count = report["experiments"], report["model"]["num_thoughts"]
+    names = {"intact": "intact"} | {f"{kind}-all": label for kind, label in KINDS.items()}
+    names |= {"noise-all-after": "noise of the norm of the untouched thought, after the loop"}
+    parts = [
+        "<p class=soft>All thoughts replaced. Zeros, noise and the pause embedding are unlike any thought, so a loss "
+        "there may only say that the input is unfamiliar; the mean and a swap are closer to what was trained.</p>",
+        table(LOSS_HEAD, loss_rows(experiments, names)),
+    ]
+    for place, words in (
+        ("inside", "inside the loop: later thoughts follow from the replaced one"),
+        ("after", "after the loop: the other thoughts stay as they were"),
+    ):
+        rows = [
+            [label]
+            + [heat(experiments[name_of(kind, index, place, count)]["flips"]["rate"]) for index in range(count)]
+            for kind, label in KINDS.items()
+        ]
+        head = ("answers flipped", *(f"thought {index + 1}" for index in range(count)))
+        parts += [f"<p>One thought replaced, {words}</p>", table(head, rows)]
+    return section("Thoughts replaced", *parts)
+
+
+def swap_section(report: Mapping[str, Any]) -> str:
+    found = report["thoughts"]
+    names = {"swap-all": "donor had another answer", "swap_same-all": "donor had the same answer"}
+    shares = {
+        "own as before; the donor had another": found["stays"],
+        "own as before; the donor had the same": found["stays_with_same_answer"],
+    }
+    rows = []
+    for name, row in found["following"].items():
+        words = "a decoy's" if name == "own_picture" else "donor's, with a decoy's thoughts"
+        shares |= {f"donor's; {FOLLOWING[name]}": row["donor"], f"{words}; {FOLLOWING[name]}": row["decoy"]}
+        rows.append([FOLLOWING[name], points(row["test"]), span(row["test"]), p_value(row["test"])])
+    answers = [
+        [label, percent(value["rate"]), f"{percent(value['low'])} - {percent(value['high'])}", str(value["samples"])]
+        for label, value in shares.items()
+    ]
+    return section(
+        "Thoughts of another sample",
+        "<p class=soft>“Answer” is here what the model itself answers untouched, right or wrong. The question is the "
+        "sample's own. Thoughts that hold a place rather than the answer give the donor's answer only under the "
+        "donor's picture.</p>",
+        table(("the answer is", "share", "95 %", "samples"), answers),
+        table(("donor minus decoy", "points [95 %]", "", "McNemar's p"), rows),
+        table(LOSS_HEAD, loss_rows(report["experiments"], names)),
+    )
+
+
+def picture_section(report: Mapping[str, Any]) -> str:
+    names = {"intact": "own picture"}
+    for name, label in (("grey", "a grey picture"), ("other", "another sample's picture")):
+        names |= {
+            f"{name}-both": f"{label} for both",
+            f"{name}-thoughts": f"{label} for the thoughts only",
+            f"{name}-answer": f"{label} for the answer only",
+        }
+    parts = [
+        "<p class=soft>Thoughts recorded under one picture are fed while the prompt holds the other. The layers above "
+        "a fed thought still attend to the picture of the prompt.</p>",
+        table(LOSS_HEAD, loss_rows(report["experiments"], names)),
+    ]
+    if control := report.get("control"):
+        parts.append(f"<p>The control <code>{text(control['name'])}</code>:</p>")
+        parts.append(table(LOSS_HEAD, loss_rows(control["experiments"], names)))
+    return section("Picture", *parts)
+
+
+def bottleneck_section(report: Mapping[str, Any]) -> str:
+    names = {
+        "intact": "the answer sees all",
+        "sees-no_image": "all but the picture",
+        "sees-thoughts_only": "only the thoughts",
+    }
+    return section(
+        "What the answer sees",
+        "<p class=soft>A bottleneck, not a seal: thoughts have seen picture and question, and their keys and values "
+        "in every layer carry what they saw. The model was not trained this way, so a loss may only say that it is "
+        "unfamiliar.</p>",
+        table(LOSS_HEAD, loss_rows(report["experiments"], names)),
+    )
+
+
+def lens_section(report: Mapping[str, Any]) -> str:
+    has_control = any("control" in row for row in report["lens"])
+    head = ["", "step", "first", "first five", "by chance", "first minus chance [95 %]", "McNemar's p"]
+    head += ["control", "first minus control [95 %]", "McNemar's p"] if has_control else []
+    rows = []
+    for row in report["lens"]:
+        cells = [f"thought {row['index'] + 1}", str(row["step"] + 1), heat(row["top1"]["rate"])]
+        cells += [heat(row["top5"]["rate"]), heat(row["chance"]["rate"])]
+        cells += [points(row["above_chance"]), p_value(row["above_chance"])]
+        if has_control:
+            cells += (
+                [heat(row["control"]["rate"]), points(row["above_control"]), p_value(row["above_control"])]
+                if ("control" in row)
+                else ["", "", ""]
+            )
+        rows.append(cells)
+    return section(
+        "Logit lens",
+        "<p class=soft>How often the token that <code>lm_head</code> reads from a thought is the first token of the "
+        "written step that the thought replaced. By chance: the step of another sample. It shows what can be read, "
+        "not what is used: the last hidden state is trained to predict tokens in any model.</p>",
+        table(head, rows) if rows else "<p>The records have no written steps.</p>",
+    )
+
+
+def geometry_section(report: Mapping[str, Any]) -> str:
+    parts = []
+    for name, geometry in (("", report["geometry"]), ("control: ", report.get("control", {}).get("geometry"))):
+        if geometry is None:
+            continue
+        norms = [
+            [name + label, f"{row['mean']:.3g}", f"{row['low']:.3g} - {row['high']:.3g}"]
+            for label, row in geometry["norms"].items()
+        ]
+        within = [*(f"{cosine:.3f}" for cosine in geometry["cosine_with_next"]), ""]
+        shape = [
+            [f"{name}thought {index + 1}", f"{across:.3f}", cosine, percent(share), f"{rank:.1f}"]
+            for index, (across, cosine, share, rank) in enumerate(
+                zip(
+                    geometry["cosine_across_samples"],
+                    within,
+                    geometry["spread"],
+                    geometry["effective_rank"],
+                    strict=True,
+                )
+            )
+        ]
+        shape.append([name + "all", "", "", "", f"{geometry['effective_rank_of_all']:.1f}"])
+        head = ("", "cosine across samples", "cosine with the next", "spread", "effective rank")
+        tables = table(("norm of", "mean", "90 % of them"), norms), table(head, shape)
+        parts.append(f"<div class=two><div>{tables[0]}</div><div>{tables[1]}</div></div>")
+        parts += [f"<p class=warning>Collapse: {text(name + warning)}.</p>" for warning in geometry["warnings"]]
+    parts.append(
+        "<p class=soft>Spread: squared distance from the mean over squared norm, the share of a thought that differs "
+        "between samples. Effective rank: exponential of the entropy of the squared singular values, centred. The "
+        f"rule of collapse: a spread under {percent(COLLAPSED_SHARE)}, or a mean cosine with the next thought over "
+        f"{COLLAPSED_COSINE}.</p>"
+    )
+    return section("Geometry", *parts)
+
+
+def attention_section(report: Mapping[str, Any], pictures: Sequence[Sequence[str]]) -> str:
+    found = report["attention"]
+    count = len(found["shares"]) - 1
+    labels = [f"makes thought {index + 1}" for index in range(count)] + ["writes the answer's first token"]
+    rows = [[label, *(heat(share) for share in shares)] for label, shares in zip(labels, found["shares"], strict=True)]
+    parts = [
+        f"<p class=soft>Mean over layers, heads and {found['samples']} samples, from the position that does what is "
+        "named. Attention says where a position looks, not what it takes from there.</p>",
+        table(("position that", "picture", "question and other text", "thoughts"), rows),
+    ]
+    captions = ["picture", *(f"makes thought {index + 1}" for index in range(count)), "writes the answer"]
+    for sample, uris in enumerate(pictures):
+        question = text(report["examples"][sample]["question"]) if sample < len(report["examples"]) else ""
+        figures = [
+            f'<figure><img src="{uri}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+            for uri, caption in zip(uris, captions, strict=True)
+        ]
+        parts.append(f"<p class=said>{question}</p><div class=pictures>{''.join(figures)}</div>")
+    return section("Attention", *parts)
+
+
+def example_section(report: Mapping[str, Any]) -> str:
+    parts = []
+    for example in report["examples"]:
+        items = {"record": example["id"], "question": example["question"]}
+        items |= {"steps": " → ".join(example["steps"]), "answer": example["answer"]}
+        items |= {f"written, {name}": written for name, written in example["written"].items()}
+        if "donor" in example:
+            items["that other's answer"] = example["donor"]["prediction"]
+        if "lens" in example:
+            items["lens"] = " | ".join(" ".join(repr(token) for token in tokens) for tokens in example["lens"])
+        body = "".join(f"<dt>{text(name)}</dt><dd class=said>{text(value)}</dd>" for name, value in items.items())
+        parts.append(f"<dl>{body}</dl><hr>")
+    return section("Samples", *parts)
+
+
+def page(report: Mapping[str, Any], pictures: Sequence[Sequence[str]]) -> str:
+    """The whole report as one HTML page that asks nothing of a network."""
+    model = report["model"]
+    parts = [verdict_section(report)]
+    if "thoughts" in report:
+        parts += [budget_section(report), damage_section(report), swap_section(report)]
+    if "picture" in report:
+        parts.append(picture_section(report))
+    if "thoughts" in report:
+        parts += [bottleneck_section(report), lens_section(report), geometry_section(report)]
+        parts.append(attention_section(report, pictures))
+    parts.append(example_section(report))
+    title, data = f"Diagnosis of {text(model['name'])}", text(report["settings"]["data"])
+    return f"""<!DOCTYPE html>
+<html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">
+<link rel=icon href="data:,"><title>{title}</title><style>{STYLE}</style></head><body><main>
+<h1>{title}</h1>
+<p class=soft>mode {text(model["mode"])}, {model["num_thoughts"] or "no"} thoughts (trained with
+{text(model["trained_thoughts"] or "none")}), {report["samples"]} samples of <code>{data}</code>. Intervals are of
+95 %, paired by sample (bootstrap, 10,000 draws); p is McNemar's exact one, not corrected unless a rule says so.</p>
+{chr(10).join(parts)}
+</main></body></html>
+"""
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Diagnoses as the flags say; returns what diagnosis.json holds."""
+    arguments = parse(sys.argv[1:] if arguments is None else arguments)
+    device = torch.device("cpu")
+    if torch.accelerator.is_available() and not arguments.use_cpu:
+        device = torch.accelerator.current_accelerator()
+    records = load_records(
+        arguments.data,
+        columns=json.loads(arguments.column_mapping) if arguments.column_mapping else None,
+        split=arguments.split,
+        needs_steps=False,
+        allow_outside=arguments.allow_outside,
+    )[: arguments.max_samples]
+    if len(records) < 2:
+        raise ValueError(f"`--data` {arguments.data} has {len(records)} record, expected at least 2 to compare.")
+    check_records(records, ScoreArguments(model=[arguments.model], data=arguments.data, metric=arguments.metric))
+    metric = load_metric(arguments.metric)
+    metric(records[0], "")  # names of results that do not exist show now
+    diagnosis, control, pictures = Diagnosis(arguments.model, records, arguments, device), None, []
+    if arguments.control:
+        control = Diagnosis(arguments.control, records, arguments, device, is_control=True)
+    diagnosis.run()
+    seen = examine(diagnosis)
+    diagnosis.subject.model = None  # makes room for the control
+    control_scores, control_seen = None, {}
+    if control is not None:
+        control.run()
+        control_scores, control_seen = Scores(control, metric), examine(control)
+        control.subject.model = None
+    if seen:
+        pictures = draw_attention(diagnosis, seen["attention"])
+    report = {
+        "settings": asdict(arguments),
+        **summarise(diagnosis, Scores(diagnosis, metric), seen, control, control_scores, control_seen),
+    }
+    output_dir = Path(arguments.output_dir)
+    content = json.dumps(report, indent=1, allow_nan=False)
+    (output_dir / "diagnosis.json").write_text(content, encoding="utf-8")
+    Path(arguments.report).parent.mkdir(parents=True, exist_ok=True)
+    Path(arguments.report).write_text(page(report, pictures), encoding="utf-8")
+    show(report)
+    print(f"\n{arguments.report} and {output_dir / 'diagnosis.json'} are written")
+    return report
+
+
+def show(report: Mapping[str, Any]):
+    """The table in the terminal."""
+    width = max(map(len, report["experiments"])) + 2
+    print(f"\n{'experiment':{width}}{'accuracy':>9}{'flipped':>9}  {'intact minus this, points [95 %]':>32}  {'p':>8}")
+    for name, row in report["experiments"].items():
+        accuracy, flips = percent(row["accuracy"]["rate"]), percent(row["flips"]["rate"])
+        print(f"{name:{width}}{accuracy:>9}{flips:>9}  {points(row['loss']):>32}  {p_value(row['loss']):>8}")
+    if found := report.get("thoughts"):
+        print(f"\nThe thoughts are {found['verdict']}.")
+        for name, row in found["following"].items():
+            rates = percent(row["donor"]["rate"]), percent(row["decoy"]["rate"])
+            print(f"Under {FOLLOWING[name]}, answers follow the donor in {rates[0]} (decoy: {rates[1]}).")
+
+
+if __name__ == "__main__":
+    main()

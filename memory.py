@@ -419,14 +419,17 @@ def worst_batches(dataset: StageDataset, batch_size: int) -> list[BatchShape]:
     for stage in range(curriculum.last_stage + 1):
         lengths = []
         for row in rows:
-            num_steps, drawn = len(row.steps), [stage]
-            if curriculum.mix != "none" and curriculum.last_stage:
-                drawn = range((num_steps if curriculum.mix == "uniform" else stage) + 1)
-            budgets = [curriculum.budget(num_steps, each) for each in (*drawn, stage)]
-            thoughts, gone = max(budget[0] for budget in budgets), min(budget[1] for budget in budgets)
+            thoughts, labels = [], []
+            for steps in row.rationales:  # one of these is drawn
+                drawn = [stage]
+                if curriculum.mix != "none" and curriculum.last_stage:
+                    drawn += range((len(steps) if curriculum.mix == "uniform" else stage) + 1)
+                for each in drawn:
+                    num_thoughts, num_gone = curriculum.budget(len(steps), each)
+                    thoughts.append(num_thoughts)
+                    labels.append(sum(map(len, steps[num_gone:])) + len(row.answer))
             text = len(row.question) - len(row.num_patches_list) + markers
-            labels = sum(map(len, row.steps[gone:])) + len(row.answer)
-            lengths.append((sum(row.num_patches_list), text, labels, thoughts))
+            lengths.append((sum(row.num_patches_list), text, max(labels), max(thoughts)))
         visual = dataset.num_image_token
         lengths.sort(key=lambda length: length[0] * visual + sum(length[1:]), reverse=True)
         longest = lengths[:batch_size]

@@ -76,7 +76,7 @@ def make_card(
 
     Args:
         folder (`str` or `Path`): The `output_dir` of a run of `train.py`.
-        model_id (`str`, *optional*): Its name on the Hub; if not given, where the run was pushed, else the folder's name.
+        model_id (`str`, *optional*): Its name on the Hub. Defaults to where it was pushed, else the folder's name.
         controls (`Sequence[str | Path]`): Folders of other finished runs, whose last answers stand beside this one's.
         license (`str`, *optional*): Licence of the weights. Defaults to that of the base model's card, else `unknown`.
         tags (`Sequence[str]`): More tags.
@@ -171,7 +171,7 @@ def _shown(name: str | None) -> str:
     """A name of the Hub as it is; of a path only the last part: the rest is nobody's business."""
     if not name:
         return "not recorded"
-    return f"`{name}`" if _is_hub_name(name) else f"`{Path(name).name}` (a local file)"
+    return f"`{name}`" if _is_hub_name(name) else f"`{Path(name).name}` (local)"
 
 
 def _base_license(base: str | None) -> dict[str, str]:

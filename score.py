@@ -153,6 +153,11 @@ def parse(arguments: Sequence[str]) -> ScoreArguments:
 # --- what is asked -----------------------------------------------------------------------------------------------
 
 
+def as_written(record: Mapping[str, Any], text: str) -> str:
+    """The choice that `text` is, with the blanks at its ends, which answers are read without; else `text` itself."""
+    return next((choice for choice in record["choices"] if choice.strip() == text), text)
+
+
 def check_records(records: Sequence[Mapping[str, Any]], arguments: ScoreArguments):
     """What scoring asks of records beyond what training does."""
     result = arguments.metric.rpartition(":")[2]
@@ -163,7 +168,7 @@ def check_records(records: Sequence[Mapping[str, Any]], arguments: ScoreArgument
                     f"Record {record['id']!r}: `choices` is {record['choices']}, expected at least two to choose "
                     "from. Fill it in, or score by generation with another metric."
                 )
-            if not arguments.predict_only and record["answer"] not in record["choices"]:
+            if not arguments.predict_only and as_written(record, record["answer"]) not in record["choices"]:
                 raise ValueError(
                     f"Record {record['id']!r}: `answer` {record['answer']!r} is none of its `choices` "
                     f"{record['choices']}, so no choice would be right. Write it as it stands among them."
@@ -410,6 +415,8 @@ def load_metric(name: str) -> Callable[[Mapping[str, Any], str], float | None]:
 
     def score(record, prediction):
         answer, choices = record["answer"], record["choices"]
+        if not takes_text:
+            answer, prediction = as_written(record, answer), as_written(record, prediction)
         row = {
             "question_id": str(record["id"]),
             "choices": choices,
@@ -578,7 +585,7 @@ def write_submission(records, predictions, path: str | Path):
     answers = read_submission(path)
     for record, line in zip(records, predictions, strict=True):
         name = "multiple_choice" if record["choices"] else "direct_answer"
-        answers.setdefault(str(record["id"]), {})[name] = line["prediction"]
+        answers.setdefault(str(record["id"]), {})[name] = as_written(record, line["prediction"])
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(answers, indent=2), encoding="utf-8")
 

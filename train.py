@@ -288,9 +288,9 @@ def show_settings(groups, sources):
 def show_results(log_history: list[dict], output_dir: str):
     """The table of stages in the terminal; beside the model, results.json and the picture results.png."""
     rows = [entry for entry in log_history if "eval/accuracy" in entry]
-    print(
-        f"\n{'stage':>5}  {'thoughts':>8}  {'accuracy':>8}  {'95 % interval':>16}  {'new tokens':>10}  {'samples':>7}"
-    )
+    if rows:
+        names = f"{'stage':>5}  {'thoughts':>8}  {'accuracy':>8}  {'95 % interval':>16}  {'new tokens':>10}"
+        print(f"\n{names}  {'samples':>7}")
     for row in rows:
         low, high = wilson_interval(row["eval/accuracy"], row["eval/samples"])
         print(

@@ -13,7 +13,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from tokenizers import AddedToken
 
-from multicoco import MultiCoCoProcessor, train
+from multicoco import MultiCoCoProcessor, score, train
 from multicoco.data_multicoco import CurriculumArguments, ReasoningCollator, StageDataset, load_records
 from multicoco.metrics import aokvqa as aokvqa_metric
 from multicoco.recipes import common
@@ -331,7 +331,7 @@ def test_every_split_loads_and_composes_at_every_stage(prepared, bytes_processor
 
 
 @pytest.mark.parametrize("name", ["aokvqa", "m3cot", "scienceqa", "llava_cot", "text_json"])
-def test_the_recipes_settings_train_through_two_stages(prepared, start, tmp_path, name):
+def test_the_recipes_settings_train_through_two_stages_and_score(prepared, start, tmp_path, name):
     """The recipe's own YAML, with the tiny model, its files and few steps in place of what it names."""
     folder, _ = prepared(name)
     settings = yaml.safe_load((common.Path(common.__file__).parent / name / "coconut.yaml").read_text())
@@ -363,6 +363,13 @@ def test_the_recipes_settings_train_through_two_stages(prepared, start, tmp_path
     assert [entry["curriculum/stage"] for entry in log] == sorted(entry["curriculum/stage"] for entry in log)
     assert {entry["curriculum/stage"] for entry in log} == {0, 1}
     assert all(math.isfinite(entry["loss"]) and entry["loss"] > 0 for entry in log)
+    metrics = common.Path(common.__file__).parent.parent / "metrics"
+    metric = {"aokvqa": f"{metrics / 'aokvqa.py'}:multiple_choice"}.get(name, "exact")
+    flags = ["--model", tmp_path / "out", "--data", tmp_path / "few.jsonl", "--output_dir", tmp_path / "scores"]
+    flags += ["--allow_outside", "--num_thoughts", "0", "2", "--max_new_tokens", "8", "--metric", metric]
+    rows = score.main([str(flag) for flag in flags])
+    assert [(row["num_thoughts"], row["scored"], row["stage"]) for row in rows] == [(0, 4, 1), (2, 4, 1)]
+    assert (tmp_path / "scores" / "scores.png").is_file()
 
 
 def test_both_settings_of_aokvqa_differ_in_the_checkpoint_only():

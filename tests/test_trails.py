@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
@@ -312,3 +313,13 @@ def test_prompt_is_short_and_the_picture_arrives_pixel_by_pixel(trails_processor
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     expected = (pixels - mean[:, None, None]) / std[:, None, None]
     torch.testing.assert_close(inputs["pixel_values"][0], expected.float(), rtol=0, atol=1e-6)
+
+
+def test_modes_are_trained_alike():
+    """A control that had another budget would prove nothing."""
+    settings = {}
+    for mode in ("coconut", "cot", "no_cot", "no_thoughts", "pause", "pause_loop"):
+        settings[mode] = yaml.safe_load((RECIPE / f"{mode}.yaml").read_text(encoding="utf-8"))
+        assert settings[mode].pop("mode") == mode
+        assert settings[mode].pop("output_dir") == f"out/trails-{mode}"
+    assert all(values == settings["coconut"] for values in settings.values())

@@ -1,0 +1,38 @@
+"""Asks a saved model by transformers' pipeline: it needs nothing of this package, only `trust_remote_code`.
+
+    python examples/pipeline.py --model me/multicoco-1b --image street.jpg --question "How many cars are parked?"
+
+The pipeline asks one prompt at a time (its own `batch_size` does not know tiles): for many prompts see
+examples/generate_batch.py.
+"""
+
+import argparse
+
+from transformers import pipeline
+
+
+def main(arguments: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Folder that train.py wrote, or its name on the Hub.")
+    parser.add_argument("--image", required=True, help="Path or URL of a picture.")
+    parser.add_argument("--question", required=True, help="What is asked about it.")
+    parser.add_argument(
+        "--num_thoughts", type=int, help="Thoughts before the answer; the checkpoint's own by default."
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="Longest answer.")
+    args = parser.parse_args(arguments)
+
+    ask = pipeline("image-text-to-text", model=args.model, trust_remote_code=True)
+    content = [{"type": "image", "url": args.image}, {"type": "text", "text": args.question}]
+    answers = ask(
+        text=[{"role": "user", "content": content}],
+        num_thoughts=args.num_thoughts,
+        max_new_tokens=args.max_new_tokens,
+        return_full_text=False,
+    )
+    print(answers[0]["generated_text"])
+    return answers[0]["generated_text"]
+
+
+if __name__ == "__main__":
+    main()
