@@ -543,6 +543,10 @@ class StageDataset(torch.utils.data.Dataset):
     def stage(self) -> int:
         return int(self._clock[0])
 
+    @property
+    def epoch(self) -> int:
+        return int(self._clock[1])
+
     def set_stage(self, stage: int, epoch: int = 0):
         """Composes all records at `stage` from now on; `epoch` only changes the draws."""
         self._clock[0], self._clock[1] = stage, epoch

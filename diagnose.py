@@ -699,31 +699,36 @@ class Scores:
         return rows
 
 
-def judge_thoughts(scores: Scores) -> dict[str, Any]:
-    """
-    The verdict. Counted tests: one for each kind of damage to all thoughts, and one for each way to follow a donor.
+def count_tests(num_thoughts: int | None, has_images: bool) -> int:
+    """Tests that the verdicts of a page are made of: each holds at the level `ALPHA` / this number."""
+    count = num_thoughts or 0
+    of_thoughts = len(KINDS) + 1 + 2 * count if count else 0  # damage, following, each thought by itself
+    of_pictures = 2 + (1 + 4 if count else 0)  # the picture; following under the donor's, through the thoughts
+    return of_thoughts + (of_pictures if has_images else 0)
 
-    "used": at least one damage costs accuracy, *and* answers follow the donor of the thoughts, each at the level
-    0.05 / number of tests (interval and McNemar's p). That damage alone costs accuracy says only that thoughts must
-    look familiar. Following is shown if, with the donor's thoughts, the answer is the donor's
+
+def judge_thoughts(scores: Scores, num_tests: int) -> dict[str, Any]:
+    """
+    The verdict, by tests that each hold at the level 0.05 / `num_tests` (interval and McNemar's p).
+
+    "used": at least one kind of damage to all thoughts costs accuracy, *and* answers follow the donor of the thoughts.
+    That damage alone costs accuracy says only that thoughts must look familiar. Following is shown if, with the
+    donor's thoughts, the answer is the donor's
 
     - more often than it is a decoy's, a sample drawn in the same way whose thoughts are not fed (own picture); or
     - more often than with the decoy's thoughts, both times under the donor's picture and the own question: thoughts
       that say *where* to look give the donor's answer only there.
 
     A thought by itself is used if the verdict is "used" and accuracy falls, after the loop, when it alone is replaced
-    by the mean or by the donor's, at 0.05 / (2 x thoughts).
+    by the mean or by the donor's.
     """
-    diagnosis = scores.diagnosis
-    has_images, count = "swap-picture" in scores.scores, diagnosis.num_thoughts
-    num_tests = len(KINDS) + 1 + has_images
+    diagnosis, count = scores.diagnosis, scores.diagnosis.num_thoughts
     damage = {kind: scores.minus("intact", f"{kind}-all", num_tests) for kind in KINDS}
     answers, swapped = scores.predictions["intact"], scores.predictions["swap-all"]
     donors, decoys = diagnosis.donors["swap"], diagnosis.donors["decoy"]
     rows = np.flatnonzero((donors >= 0) & (decoys >= 0))
-    same = np.flatnonzero(diagnosis.donors["swap_same"] >= 0)
     following = {"own_picture": ((swapped == answers[donors])[rows], (swapped == answers[decoys])[rows])}
-    if has_images:
+    if "swap-picture" in scores.scores:
         rows = np.flatnonzero(scores.valid["swap-picture"] & scores.valid["decoy-picture"])
         following["donors_picture"] = tuple(
             (scores.predictions[f"{kind}-picture"] == answers[donors])[rows] for kind in ("swap", "decoy")
@@ -732,48 +737,46 @@ def judge_thoughts(scores: Scores) -> dict[str, Any]:
         name: {"donor": rate(found), "decoy": rate(chance), "test": difference(found, chance, num_tests)}
         for name, (found, chance) in following.items()
     }
-    harmful = [kind for kind, found in damage.items() if found and found["above_0"]]
-    followed = [name for name, found in following.items() if found["test"] and found["test"]["above_0"]]
-    is_used = bool(harmful and followed)
+    harmful = [kind for kind, test in damage.items() if _above_0(test)]
+    followed = [name for name, found in following.items() if _above_0(found["test"])]
     indices = []
-    for index in range(count if is_used else 0):
+    for index in range(count if harmful and followed else 0):
         names = [name_of(kind, index, "after", count) for kind in ("mean", "swap")]
-        if any((found := scores.minus("intact", name, 2 * count)) and found["above_0"] for name in names):
+        if any(_above_0(scores.minus("intact", name, num_tests)) for name in names):
             indices.append(index)
-    has_donor = np.flatnonzero(donors >= 0)
+    same, another = (np.flatnonzero(diagnosis.donors[kind] >= 0) for kind in ("swap_same", "swap"))
     return {
-        "verdict": USED if is_used else NOT_SHOWN,
-        "num_tests": num_tests,
-        "alpha": ALPHA,
+        "verdict": USED if harmful and followed else NOT_SHOWN,
         "damage": damage,
         "harmful": harmful,
         "following": following,
         "followed": followed,
-        "stays": rate((swapped == answers)[has_donor]),
+        "stays": rate((swapped == answers)[another]),
         "stays_with_same_answer": rate((scores.predictions["swap_same-all"] == answers)[same]),
         "used_indices": indices,
     }
 
 
-def judge_picture(scores: Scores) -> dict[str, Any]:
+def judge_picture(scores: Scores, num_tests: int) -> dict[str, Any]:
     """
-    "used" by the model: a grey or another picture for thoughts and answer costs accuracy, at 0.05 / 2. Through the
-    thoughts: whichever picture is given to the answer, the right or the wrong one, it is right more often with the
-    thoughts of the right one than of the wrong one, in at least one of four cases at 0.05 / 4.
+    "used" by the model: a grey or another picture for thoughts and answer costs accuracy. Through the thoughts:
+    whichever picture is given to the answer, the right or the wrong one, it is right more often with the thoughts of
+    the right one than of the wrong one, in at least one of four cases.
     """
     names = ("grey", "other")
-    whole = {name: scores.minus("intact", f"{name}-both", 2) for name in names}
-    found = {"tests": whole, "verdict": _any_above_0(whole)}
+    whole = {name: scores.minus("intact", f"{name}-both", num_tests) for name in names}
+    found = {"tests": whole, "verdict": USED if any(map(_above_0, whole.values())) else NOT_SHOWN}
     if "grey-answer" in scores.scores:
-        through = {f"{name}, wrong for the answer": (f"{name}-answer", f"{name}-both") for name in names}
-        through |= {f"{name}, right for the answer": ("intact", f"{name}-thoughts") for name in names}
-        through = {label: scores.minus(*pair, 4) for label, pair in through.items()}
-        found |= {"through_thoughts": through, "through_verdict": _any_above_0(through)}
+        pairs = {f"{name}, wrong for the answer": (f"{name}-answer", f"{name}-both") for name in names}
+        pairs |= {f"{name}, right for the answer": ("intact", f"{name}-thoughts") for name in names}
+        through = {label: scores.minus(*pair, num_tests) for label, pair in pairs.items()}
+        verdict = USED if any(map(_above_0, through.values())) else NOT_SHOWN
+        found |= {"through_thoughts": through, "through_verdict": verdict}
     return found
 
 
-def _any_above_0(tests: Mapping[str, Any]) -> str:
-    return USED if any(test and test["above_0"] for test in tests.values()) else NOT_SHOWN
+def _above_0(test: Mapping[str, Any] | None) -> bool:
+    return test is not None and test["above_0"]
 
 
 def lens_table(diagnosis: Diagnosis, lens, steps, control: Diagnosis | None, control_lens) -> list[dict[str, Any]]:
@@ -839,8 +842,10 @@ def summarise(diagnosis: Diagnosis, scores: Scores, seen: Mapping[str, Any], con
         "experiments": scores.table(),
     }
     has_images = "grey-both" in scores.scores
+    num_tests = count_tests(diagnosis.num_thoughts, has_images)
+    report["verdict_tests"] = {"number": num_tests, "alpha": ALPHA}
     if diagnosis.num_thoughts:
-        report["thoughts"] = judge_thoughts(scores)
+        report["thoughts"] = judge_thoughts(scores, num_tests)
         steps = first_tokens(diagnosis)
         lens = control_seen.get("lens")
         report["lens"] = lens_table(diagnosis, seen["lens"], steps, control, lens)
@@ -848,7 +853,7 @@ def summarise(diagnosis: Diagnosis, scores: Scores, seen: Mapping[str, Any], con
         shares = np.array([sample["shares"] for sample in seen["attention"]][: diagnosis.arguments.num_attention])
         report["attention"] = {"samples": len(shares), "shares": shares.mean(axis=0).tolist()}
     if has_images:
-        report["picture"] = judge_picture(scores)
+        report["picture"] = judge_picture(scores, num_tests)
     if control is not None:
         report["control"] = {
             "name": control.subject.name,
@@ -857,8 +862,8 @@ def summarise(diagnosis: Diagnosis, scores: Scores, seen: Mapping[str, Any], con
             "experiments": control_scores.table(),
             "accuracy_above_control": scores.minus("intact", "intact", other=control_scores),
         }
-        if has_images and "grey-both" in control_scores.scores:
-            report["control"]["picture"] = judge_picture(control_scores)
+        if has_images:
+            report["control"]["picture"] = judge_picture(control_scores, num_tests)
         if "geometry" in control_seen:
             geometry = control_seen["geometry"]
             report["control"]["geometry"] = {**geometry, "warnings": collapse_warnings(geometry)}
@@ -909,10 +914,10 @@ th{font-weight:600;color:var(--soft);vertical-align:bottom}
 td.heat{background:color-mix(in srgb,var(--mark) calc(var(--v)*70%),transparent);text-align:center}
 td.text,th.text{text-align:left}svg{display:block;max-width:100%}
 svg text{fill:var(--soft);font:12px system-ui,sans-serif}
-.axis{stroke:var(--line)}.mark{stroke:var(--mark);fill:var(--mark)}.line{stroke:var(--mark);fill:none;stroke-width:2}
+.axis{stroke:var(--line);stroke-width:1.5}.mark{stroke:var(--mark);fill:var(--mark)}.line{stroke:var(--mark);fill:none;stroke-width:2}
 .other{stroke:var(--soft);stroke-dasharray:4 3}.two{display:grid;gap:0 2rem}
 .two>*{min-width:0}.chart{width:100%;max-width:36rem}
-@media (min-width:64rem){.two{grid-template-columns:1fr 1fr}}
+@media (min-width:64rem){.two{grid-template-columns:2fr 3fr}}
 .pictures{display:flex;flex-wrap:wrap;gap:.5rem}figure{margin:0}figcaption{font-size:.8rem;color:var(--soft)}
 figure img{width:7rem;height:auto;display:block;image-rendering:pixelated}
 code,.said{font-family:ui-monospace,monospace;font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere}
@@ -1062,7 +1067,7 @@ def verdict_section(report: Mapping[str, Any]) -> str:
     else:
         kind = "used" if found["verdict"] == USED else "unshown"
         parts.append(f"<p class='verdict {kind}'>The thoughts are {found['verdict']}.</p>")
-        harm = ", or ".join(KINDS[kind] for kind in found["harmful"])
+        harm = ", or ".join(text(KINDS[kind]) for kind in found["harmful"])
         harm = f"accuracy falls when all thoughts are replaced by {harm}" if harm else "no replacement costs accuracy"
         follows = "; ".join(
             f"under {FOLLOWING[name]} in <b>{percent(row['donor']['rate'])}</b> of {row['donor']['samples']} cases "
@@ -1076,7 +1081,6 @@ def verdict_section(report: Mapping[str, Any]) -> str:
         if found["used_indices"]:
             names = ", ".join(str(index + 1) for index in found["used_indices"])
             parts.append(f"<p>Shown to be used by itself: thought {names} of {report['model']['num_thoughts']}.</p>")
-        parts.append(rule(found["num_tests"], len(found["following"])))
         for warning in report["geometry"]["warnings"]:
             parts.append(f"<p class=warning>Collapse: {text(warning)} (section Geometry).</p>")
     if picture := report.get("picture"):
@@ -1088,24 +1092,24 @@ def verdict_section(report: Mapping[str, Any]) -> str:
             f"<p>Against the control <code>{text(control['name'])}</code> ({text(control['mode'])}): accuracy "
             f"{points(control['accuracy_above_control'])} points.</p>"
         )
+    if report["verdict_tests"]["number"]:
+        parts.append(rule(report["verdict_tests"]["number"]))
     return section("Verdict", *parts)
 
 
-def rule(num_tests: int, num_following: int) -> str:
-    """How the verdict is reached, in the page's words; [`judge_thoughts`] is the rule."""
+def rule(num_tests: int) -> str:
+    """How the verdicts are reached, in the page's words; [`judge_thoughts`] and [`judge_picture`] are the rule."""
     return (
-        f"<details class=soft><summary>The rule</summary><p>{len(KINDS)} kinds of damage to all thoughts and "
-        f"{num_following} of following are counted: {num_tests} tests. A test holds if the paired bootstrap interval "
-        f"at the level 1 - {ALPHA} / {num_tests} lies above 0 and McNemar's exact p is below {ALPHA} / {num_tests}. "
-        f"“{USED}”: at least one damage costs accuracy <i>and</i> answers follow the donor of the thoughts: under the "
-        "own picture more often than they agree with a decoy, a sample drawn in the same way whose thoughts are not "
-        "fed; or under the donor's picture more often than with the decoy's thoughts. Anything else is "
-        f"“{NOT_SHOWN}”, which is not “not used”. A single thought is shown to be used if, besides, accuracy falls "
-        f"when after the loop it alone is replaced by the mean or by the donor's, at {ALPHA} / (2 x thoughts). The "
-        f"picture: two tests (grey, another sample's), at {ALPHA} / 2. What thoughts took from it: four, at {ALPHA} / 4; "
-        "with the right or the wrong picture for the answer, thoughts of the right one against those of the wrong one."
-        "</p>"
-        "</details>"
+        f"<details class=soft><summary>The rule</summary><p>The verdicts of this page rest on {num_tests} tests. A "
+        f"test holds if the paired bootstrap interval at the level 1 - {ALPHA} / {num_tests} lies above 0 and "
+        f"McNemar's exact p is below {ALPHA} / {num_tests}.</p><p>Thoughts are “{USED}” if at least one of "
+        f"{len(KINDS)} kinds of damage to all of them costs accuracy <i>and</i> answers follow the donor of the "
+        "thoughts: under the own picture more often than they agree with a decoy, a sample drawn in the same way "
+        "whose thoughts are not fed; or under the donor's picture more often than with the decoy's thoughts. A single "
+        "thought is, if besides accuracy falls when, after the loop, it alone is replaced by the mean or by the "
+        "donor's.</p><p>The picture is, if a grey or another one costs accuracy. What thoughts took from it is, if "
+        "with the right or the wrong picture for the answer, thoughts of the right one give more right answers than "
+        f"those of the wrong one.</p><p>Anything else is “{NOT_SHOWN}”, which is not “not used”.</p></details>"
     )
 
 
@@ -1137,7 +1141,7 @@ def budget_section(report: Mapping[str, Any]) -> str:
 
 def damage_section(report: Mapping[str, Any]) -> str:
     experiments, count = report["experiments"], report["model"]["num_thoughts"]
-    names = {"intact": "intact"} | {f"{kind}-all": label for kind, label in KINDS.items()}
+    names = {"intact": "intact"} | {f"{kind}-all": text(label) for kind, label in KINDS.items()}
     names |= {"noise-all-after": "noise of the norm of the untouched thought, after the loop"}
     parts = [
         "<p class=soft>All thoughts replaced. Zeros, noise and the pause embedding are unlike any thought, so a loss "
@@ -1149,7 +1153,7 @@ def damage_section(report: Mapping[str, Any]) -> str:
         ("after", "after the loop: the other thoughts stay as they were"),
     ):
         rows = [
-            [label]
+            [text(label)]
             + [heat(experiments[name_of(kind, index, place, count)]["flips"]["rate"]) for index in range(count)]
             for kind, label in KINDS.items()
         ]
@@ -1331,6 +1335,7 @@ def page(report: Mapping[str, Any], pictures: Sequence[Sequence[str]]) -> str:
     title, data = f"Diagnosis of {text(model['name'])}", text(report["settings"]["data"])
     return f"""<!DOCTYPE html>
 <html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">
+<meta http-equiv=Content-Security-Policy content="default-src 'none';style-src 'unsafe-inline';img-src data:">
 <link rel=icon href="data:,"><title>{title}</title><style>{STYLE}</style></head><body><main>
 <h1>{title}</h1>
 <p class=soft>mode {text(model["mode"])}, {model["num_thoughts"] or "no"} thoughts (trained with

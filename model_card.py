@@ -4,8 +4,8 @@
     python model_card.py out --model_id me/multicoco-1b --controls out-pause out-no_thoughts --license mit
 
 `train.py` writes the card at the end of every run. It reads config.json, settings.json and results.json (of
-`train.py`), scores.json in the folder or in its `scores/` (of `score.py`), and adapter_config.json if adapters were
-trained. What is not there is not claimed.
+`train.py`), scores.json in the folder or in its `scores/` (of `score.py`), diagnosis.json in the folder or in its
+`diagnosis/` (of `diagnose.py`), and adapter_config.json if adapters were trained. What is not there is not claimed.
 """
 
 import argparse
@@ -93,6 +93,8 @@ def make_card(
     data_file = settings.get("eval_file")
     results = _read(folder / "results.json") or []
     others = [_last_answers(Path(control)) for control in controls]
+    diagnosis = _read(folder / "diagnosis.json") or _read(folder / "diagnosis" / "diagnosis.json") or {}
+    verdict = (diagnosis.get("thoughts") or {}).get("verdict")
     licence = {"license": license} if license else _base_license(base)
     data = ModelCardData(
         model_name=model_id.split("/")[-1],
@@ -110,7 +112,8 @@ def make_card(
         "## The run",
         _table(("", ""), _facts(config, settings)),
         "## Scores",
-        *_scores_text(config, results, scores, others, data_file),
+        *_scores_text(results, scores, others, data_file),
+        *_verdict_text(config, verdict, {row["mode"] for row in (*others, *scores)}),
         "## Use",
         _use(model_id, base, config, settings, is_adapter),
         "## Limits",
@@ -227,7 +230,7 @@ def _interval(low: float, high: float) -> str:
     return f"{low:.1%} - {high:.1%}"
 
 
-def _scores_text(config, results, scores, others, data_file) -> list[str]:
+def _scores_text(results, scores, others, data_file) -> list[str]:
     parts = []
     if results:
         rows = []
@@ -258,7 +261,6 @@ def _scores_text(config, results, scores, others, data_file) -> list[str]:
         parts.append(_table(head, rows))
     if not parts:
         parts.append("None were measured.")
-    compared = {row["mode"] for row in (*others, *(row for row in scores if not row["mine"]))}
     if others:
         rows = []
         for row in others:
@@ -267,12 +269,21 @@ def _scores_text(config, results, scores, others, data_file) -> list[str]:
             rows.append((f"`{row['name']}`", f"`{row['mode']}`", f"{rate:.1%}", interval, count))
         parts.append("Other runs, at their last stage:")
         parts.append(_table(("run", "mode", "accuracy", "95 % interval (Wilson)", "samples"), rows))
-    if config.mode == "coconut" and not compared & {"pause", "pause_loop", "no_thoughts"}:
-        parts.append(
-            "No control (`pause`, `pause_loop`, `no_thoughts`) was measured beside it, so these figures do not show "
-            "that the thoughts are used: constants in their place may score alike."
-        )
     return parts
+
+
+def _verdict_text(config: MultiCoCoConfig, verdict: str | None, modes: set[str]) -> list[str]:
+    """Whether the thoughts are used: what diagnose.py found, or that nobody has looked."""
+    if config.mode != "coconut":
+        return []
+    if verdict:
+        return [f"By `diagnose.py`, which damages and swaps thoughts: they are **{verdict}**."]
+    if modes & {"pause", "pause_loop", "no_thoughts"}:
+        return []
+    return [
+        "No control (`pause`, `pause_loop`, `no_thoughts`) was measured beside it, so these figures do not show that "
+        "the thoughts are used: constants in their place may score alike."
+    ]
 
 
 def _eval_results(results, scores, data_file) -> list[EvalResult]:

@@ -25,12 +25,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens
 from multicoco.data_multicoco import ANSWER_MARK, CurriculumArguments, ReasoningCollator, StageDataset, load_records
 from multicoco.intervals import wilson_interval
 from multicoco.memory import PARTS, estimate_memory, worst_batches
+from multicoco.model_card import write_card
 from multicoco.trainer_callbacks import (
     AnswerCallback,
     CompletionCallback,
@@ -97,10 +99,36 @@ class DataArguments:
     answer_batch_size: int = field(default=64, metadata={"help": "Prompts per generate call of one rank."})
 
 
+class EpochLengthSampler(LengthGroupedSampler):
+    """Groups samples by length in an order drawn from seed and epoch: the same on every rank and after a resume."""
+
+    def __init__(self, dataset: StageDataset, batch_size: int, seed: int):
+        super().__init__(batch_size, lengths=[len(sample["input_ids"]) for sample in dataset])
+        self.dataset, self.seed = dataset, seed
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed((self.seed << 32) + self.dataset.epoch)
+        return super().__iter__()
+
+
 class StageTrainer(Trainer):
-    """The stock trainer, with a learning rate that starts again (warm-up, then down) at every stage."""
+    """
+    The stock trainer, with a learning rate that starts again (warm-up, then down) at every stage, an order by length
+    that survives a resume, and our model card.
+    """
 
     curriculum: CurriculumArguments
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochLengthSampler(self.train_dataset, batch_size, self.args.seed)
+
+    def create_model_card(self, model_name: str | None = None, license: str | None = None, tags=()):
+        """README.md made from the run's files, in the place of the stock trainer's (and of peft's)."""
+        if self.is_world_process_zero():
+            write_card(self.args.output_dir, model_id=self.hub_model_id or model_name, license=license, tags=tags)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None and self.curriculum.restart_schedule:
@@ -183,11 +211,11 @@ def _prepare_deepspeed_on_cpu() -> list[str]:
 def load_model(model_args: ModelArguments, args: TrainingArguments, processor: MultiCoCoProcessor):
     """
     The model with its thought tokens. A checkpoint that lacks them gets them once, on one process and unsharded, in
-    `output_dir/start`, before DeepSpeed partitions anything; then all ranks load that.
+    `output_dir/_start`, before DeepSpeed partitions anything; then all ranks load that.
     """
     name = model_args.model_name_or_path
     if MultiCoCoConfig.from_pretrained(name).latent_token_id is None:
-        start = Path(args.output_dir) / "start"
+        start = Path(args.output_dir) / "_start"  # what begins with _ is not pushed to the Hub
         unset_hf_deepspeed_config()
         with args.main_process_first(local=False, desc="adding thought tokens"):
             if args.process_index == 0:
@@ -283,6 +311,21 @@ def show_settings(groups, sources):
                 value = getattr(group, item.name)
                 value = str(getattr(value, "value", value))  # of an enumeration, what one would type
                 print(f"{item.name:32}{value[:42]:44}{sources.get(item.name, 'default')}")
+
+
+def write_settings(groups, trainer: Trainer):
+    """settings.json beside the model: what was trained on what and how, of which the model card is made."""
+    args, state = trainer.args, trainer.state
+    settings = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+    settings |= {name: getattr(args, name) for name in ("learning_rate", "bf16", "seed")}
+    settings |= {
+        "samples": len(trainer.train_dataset),
+        "epochs": state.epoch,
+        "optimizer_steps": state.global_step,
+        "global_batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        "hub_model_id": trainer.hub_model_id,
+    }
+    (Path(args.output_dir) / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def show_results(log_history: list[dict], output_dir: str):
@@ -394,12 +437,15 @@ def main(arguments: list[str] | None = None):
     if resume in ("true", "True", "last"):
         resume = last_complete_checkpoint(args.output_dir)
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
     trainer.save_state()
     if is_main:
+        write_settings((model_args, data_args, curriculum), trainer)
         show_results(trainer.state.log_history, args.output_dir)
-    if args.push_to_hub:
-        trainer.push_to_hub()
+        if model_args.lora_rank:
+            trainer.model.config.save_pretrained(args.output_dir)  # peft saves the adapters only
+    trainer.save_model()  # with `--push_to_hub` it also makes the card and sends the folder
+    if not args.push_to_hub:
+        trainer.create_model_card()
     return trainer
 
 

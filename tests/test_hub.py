@@ -21,11 +21,12 @@ from multicoco.intervals import wilson_interval
 PICTURE = GOLDEN / "internvl" / "images" / "square.png"
 CODE = {"configuration_multicoco.py", "modeling_multicoco.py", "processing_multicoco.py"}
 
-# Everything that pushes, in one process: `train.py --push_to_hub`, the same with adapters, and the methods.
+# Everything that pushes, in one process: `train.py --push_to_hub`, the methods, the stock trainer, and adapters.
 PUSH = """
 import sys
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
+from transformers import Trainer, TrainingArguments
 from multicoco import train
 from multicoco.model_card import write_card
 
@@ -37,7 +38,8 @@ save_file({"logits": model(**inputs).logits.detach()}, logits_file)
 model.push_to_hub("me/pushed")
 processor.push_to_hub("me/pushed")
 ModelCard.load(write_card(output_dir, model_id="me/pushed")).push_to_hub("me/pushed")
-write_card(output_dir)
+arguments = TrainingArguments(output_dir + "-stock", hub_model_id="me/stock", report_to="none", use_cpu=True)
+Trainer(model=model, args=arguments, processing_class=processor).push_to_hub()
 train.main([*flags, "--output_dir", output_dir + "-lora", "--hub_model_id", "me/adapters", "--lora_rank", "2"])
 """
 
@@ -51,7 +53,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 picture, output = sys.argv[1:]
-for name in ("me/trained", "me/pushed"):
+for name in ("me/trained", "me/pushed", "me/stock"):
     auto = AutoModel if name == "me/trained" else AutoModelForImageTextToText
     model = auto.from_pretrained(name, trust_remote_code=True, dtype="auto").eval()
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
@@ -119,7 +121,11 @@ def run(hub, folder, script, *arguments):
 # --- there and back ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["me/trained", "me/pushed"], ids=["train.py --push_to_hub", "push_to_hub()"])
+@pytest.mark.parametrize(
+    "name",
+    ["me/trained", "me/pushed", "me/stock"],
+    ids=["train.py --push_to_hub", "push_to_hub()", "Trainer.push_to_hub()"],
+)
 def test_weights_processor_code_and_card_are_pushed(pushed, name):
     hub, _ = pushed
     files = set(hub.files(name))
@@ -138,7 +144,7 @@ def test_a_clean_process_loads_it_with_the_same_logits(pushed, tmp_path):
     hub, folder = pushed
     run(hub, folder, LOAD, PICTURE, tmp_path)
     expected = load_file(folder / "logits.safetensors")["logits"]
-    for name in ("me-trained", "me-pushed"):
+    for name in ("me-trained", "me-pushed", "me-stock"):
         logits = load_file(tmp_path / f"{name}.safetensors")["logits"]
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -256,6 +262,15 @@ def test_controls_stand_beside_the_run_and_their_absence_is_said(make_run, monke
     assert f"| `out-pause` | `pause` | 50.0% | {low:.1%} - {high:.1%} | 80 |" in text
     assert "No control" not in text
     assert "# x" in text
+
+
+def test_the_verdict_of_the_diagnosis_is_quoted(make_run):
+    folder = make_run("out")
+    (folder / "diagnosis").mkdir()
+    (folder / "diagnosis" / "diagnosis.json").write_text(json.dumps({"thoughts": {"verdict": "not shown to be used"}}))
+    text = model_card.make_card(folder).text
+    assert "they are **not shown to be used**" in text
+    assert "No control" not in text
 
 
 def test_what_is_no_run_is_refused(make_run, tmp_path):

@@ -248,7 +248,7 @@ def test_a_frozen_part_stays_and_the_others_move(folder, flag, frozen):
 def test_thought_tokens_are_added_to_a_checkpoint_that_has_none(folder):
     out = run_here(folder, "original", "--model_name_or_path", CHECKPOINT, "--max_steps", 1, "--answer_every", "end")
     assert MultiCoCoConfig.from_pretrained(out).latent_token_id is not None
-    assert (out / "start" / "model.safetensors").is_file()
+    assert (out / "_start" / "model.safetensors").is_file()
 
 
 def test_adapters_train_and_are_saved_with_the_stage(folder):
