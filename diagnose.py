@@ -412,7 +412,8 @@ class Diagnosis:
         pixels = self.subject.collator.prompts(prompts)["pixel_values"]
         if picture == "grey":
             processor = self.subject.processor.image_processor
-            middle = (0.5 - torch.tensor(processor.image_mean)) / torch.tensor(processor.image_std)
+            mean, std = torch.tensor([processor.image_mean, processor.image_std], dtype=torch.float64)
+            middle = (0.5 - mean) / std
             pixels = middle[None, :, None, None].expand_as(pixels)
         model = self.subject.model
         with torch.no_grad():
@@ -478,13 +479,22 @@ class Diagnosis:
 # --- a look at the thoughts themselves ---------------------------------------------------------------------------
 
 
-def read_lens(diagnosis: Diagnosis, top: int = 5, rows_at_once: int = 64) -> list[list[list[int]]]:
-    """The `top` tokens that `lm_head` reads from each thought: for each sample, for each index."""
-    model = diagnosis.subject.model
-    found = []
-    for thoughts in diagnosis.thoughts["intact"].split(rows_at_once):
-        with torch.no_grad():
-            logits = model.lm_head(thoughts.to(diagnosis.device))  # (rows, n, V)
+def read_lens(diagnosis: Diagnosis, top: int = 5) -> list[list[list[int]]]:
+    """
+    The `top` tokens that `lm_head` reads from the state that makes each thought: for each sample, for each index.
+
+    With `mode` "coconut" this state is the thought. A model with constant thoughts has such states too, and they may
+    hold steps just as well: they are what a control has to show.
+    """
+    model, count, found = diagnosis.subject.model, diagnosis.num_thoughts, []
+    for start in range(0, len(diagnosis.records), diagnosis.arguments.batch_size):
+        rows = list(range(start, min(start + diagnosis.arguments.batch_size, len(diagnosis.records))))
+        batch = diagnosis.prompts(rows, count)
+        if any(diagnosis.tiles[row] for row in rows):
+            features = BaseModelOutputWithPooling(pooler_output=diagnosis.encode(rows, "own"))
+            batch["mm_encoder_outputs"] = {"image": features}
+        with torch.no_grad():  # every prompt ends in start marker, thoughts and end marker
+            logits = model(**batch, logits_to_keep=count + 2).logits[:, :count]  # (rows, n, V)
         found += logits.topk(top, dim=-1).indices.tolist()
     return found
 
@@ -1241,9 +1251,10 @@ def lens_section(report: Mapping[str, Any]) -> str:
         rows.append(cells)
     return section(
         "Logit lens",
-        "<p class=soft>How often the token that <code>lm_head</code> reads from a thought is the first token of the "
-        "written step that the thought replaced. By chance: the step of another sample. It shows what can be read, "
-        "not what is used: the last hidden state is trained to predict tokens in any model.</p>",
+        "<p class=soft>How often the token that <code>lm_head</code> reads from the state that makes a thought (with "
+        "constant thoughts: the state before it) is the first token of the written step that the thought replaced. "
+        "By chance: the step of another sample. It shows what can be read, not what is used: the last hidden state is "
+        "trained to predict tokens in any model, so compare with a control.</p>",
         table(head, rows) if rows else "<p>The records have no written steps.</p>",
     )
 
@@ -1272,8 +1283,7 @@ def geometry_section(report: Mapping[str, Any]) -> str:
         ]
         shape.append([name + "all", "", "", "", f"{geometry['effective_rank_of_all']:.1f}"])
         head = ("", "cosine across samples", "cosine with the next", "spread", "effective rank")
-        tables = table(("norm of", "mean", "90 % of them"), norms), table(head, shape)
-        parts.append(f"<div class=two><div>{tables[0]}</div><div>{tables[1]}</div></div>")
+        parts += [table(("norm of", "mean", "90 % of them"), norms), "<br>", table(head, shape), "<br>"]
         parts += [f"<p class=warning>Collapse: {text(name + warning)}.</p>" for warning in geometry["warnings"]]
     parts.append(
         "<p class=soft>Spread: squared distance from the mean over squared norm, the share of a thought that differs "

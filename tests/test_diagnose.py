@@ -401,7 +401,7 @@ def test_lens_and_attention_equal_plain_ones(scratch):
     diagnosis, thoughts = scratch
     model = diagnosis.subject.model
     with widened():
-        lens = diagnose.read_lens(diagnosis, rows_at_once=4)
+        lens = diagnose.read_lens(diagnosis)
         attention = diagnose.measure_attention(diagnosis)
     expected = model.lm_head(thoughts["own"]).topk(5).indices
     assert lens == expected.tolist()
@@ -413,6 +413,19 @@ def test_lens_and_attention_equal_plain_ones(scratch):
     assert len(attention[0]["picture"][0]) == 16
     assert sum(attention[0]["picture"][-1]) == pytest.approx(attention[0]["shares"][-1][0])
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_lens_of_constant_thoughts_reads_the_states_before_them(scratch, monkeypatch):
+    """Else a control would show nothing, whatever its states hold."""
+    diagnosis, _ = scratch
+    model = diagnosis.subject.model
+    monkeypatch.setattr(model.config, "mode", "pause")
+    constant = model.get_input_embeddings().weight[model.config.latent_token_id]
+    with widened():
+        lens = diagnose.read_lens(diagnosis)
+        embeds, _ = plain_embeds(diagnosis, 1, edit=lambda thought, index: constant[None])
+        states = model.model.language_model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0]
+    assert lens[1] == model.lm_head(states)[-NUM_THOUGHTS - 2 : -2].topk(5).indices.tolist()
 
 
 def test_lens_hits_are_counted_on_the_step_that_a_thought_replaced():
@@ -485,7 +498,11 @@ def test_the_control_stands_beside_the_model(folder, reports):
     assert above == pytest.approx(1 - control["experiments"]["intact"]["accuracy"]["rate"])
     for row in reports["reads-1"]["lens"]:
         assert {"control", "above_control", "above_chance"} <= set(row)
-    assert [row["index"] for row in reports["reads-1"]["lens"]] == [0, 1]  # at most two written steps here
+    assert [(row["index"], row["step"]) for row in reports["reads-1"]["lens"]] == [
+        (0, 0),
+        (1, 0),
+        (2, 1),
+    ]  # c_thought 2
     assert len(control["geometry"]["spread"]) == NUM_THOUGHTS
 
 
