@@ -44,7 +44,7 @@ def show_table(runs: list[dict]):
 
 def draw_runs(runs: list[dict], path: str | Path, chance: float):
     """Accuracy over stages, and accuracy against generated tokens at the last stage."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
     stage_axes, token_axes = figure.subplots(1, 2)
     last_stage = max(row["eval/stage"] for run in runs for row in run["rows"])
     for number, run in enumerate(runs):
@@ -69,12 +69,15 @@ def draw_runs(runs: list[dict], path: str | Path, chance: float):
         )
     for axes in (stage_axes, token_axes):
         axes.axhline(chance, color="0.6", linewidth=0.8, linestyle=":")
+        axes.annotate(
+            "chance", (0.99, chance), (0, 3), ("axes fraction", "data"), "offset points", ha="right", fontsize=8
+        )
         axes.set(ylim=(0, 1.05), ylabel="accuracy")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(axis="y", color="0.92")
     stage_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    stage_axes.set(xlabel="stage: written steps replaced (dashed: modes without stages; dotted: chance)")
-    token_axes.set(xlabel="generated tokens per answer, last stage (95 % intervals)", xlim=(0, None))
+    stage_axes.set(xlabel="stage (dashed: modes without stages)")
+    token_axes.set(xlabel="generated tokens, last stage", xlim=(0, None))
     figure.legend(*token_axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.savefig(path, dpi=150)
 
