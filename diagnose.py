@@ -42,7 +42,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from multicoco import MultiCoCoConfig
 from multicoco.data_multicoco import ANSWER_MARK, load_records
-from multicoco.intervals import mcnemar, wilson_interval
+from multicoco.intervals import mcnemar, paired_bootstrap, wilson_interval
 from multicoco.processing_multicoco import open_image
 from multicoco.score import ScoreArguments, Subject, check_records, describe, load_metric, read_predictions
 
@@ -625,14 +625,6 @@ def measure_attention(diagnosis: Diagnosis) -> list[dict[str, Any]]:
 # --- figures -----------------------------------------------------------------------------------------------------
 
 
-def paired_interval(first, second, level: float, seed: int = 0, draws: int = 10000) -> tuple[float, float]:
-    """[`paired_bootstrap`] for any level."""
-    values, counts = np.unique(np.asarray(first, float) - np.asarray(second, float), return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=draws)
-    low, high = np.quantile(drawn @ values / counts.sum(), ((1 - level) / 2, (1 + level) / 2))
-    return float(low), float(high)
-
-
 def difference(first: Sequence[float], second: Sequence[float], num_tests: int = 1) -> dict[str, Any] | None:
     """
     `mean(first) - mean(second)` of paired scores: its 95 % interval, McNemar's exact p where all scores are 0 or 1,
@@ -641,8 +633,8 @@ def difference(first: Sequence[float], second: Sequence[float], num_tests: int =
     if not len(first):
         return None
     first, second = np.asarray(first, float), np.asarray(second, float)
-    low, high = paired_interval(first, second, 0.95)
-    corrected_low, _ = paired_interval(first, second, 1 - ALPHA / num_tests)
+    low, high = paired_bootstrap(first, second)
+    corrected_low, _ = paired_bootstrap(first, second, 1 - ALPHA / num_tests)
     is_binary = bool(np.isin(np.concatenate([first, second]), (0, 1)).all())
     p = mcnemar(first == 1, second == 1) if is_binary else None
     return {
@@ -664,7 +656,7 @@ def rate(hits: Sequence[float]) -> dict[str, Any]:
     if np.isin(values, (0, 1)).all():
         low, high = wilson_interval(float(values.mean()), len(values))
     else:
-        low, high = paired_interval(values, np.zeros(len(values)), 0.95)
+        low, high = paired_bootstrap(values, np.zeros(len(values)))
     return {"rate": float(values.mean()), "low": low, "high": high, "samples": len(values)}
 
 

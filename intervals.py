@@ -36,13 +36,14 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 
 def paired_bootstrap(
-    first: Sequence[float], second: Sequence[float], draws: int = 10000, seed: int = 0
+    first: Sequence[float], second: Sequence[float], level: float = 0.95, draws: int = 10000, seed: int = 0
 ) -> tuple[float, float]:
     """
-    The 95 % percentile interval of `mean(first) - mean(second)`, samples drawn again in pairs (Efron 1979).
+    The percentile interval of `mean(first) - mean(second)`, samples drawn again in pairs (Efron 1979).
 
     Args:
         first, second (`Sequence[float]`): Scores of the same samples in the same order.
+        level (`float`, defaults to 0.95): Share of the drawn differences that lie in the interval.
         draws (`int`, defaults to 10000): Resampled data sets.
         seed (`int`, defaults to 0): The same seed gives the same interval.
 
@@ -52,7 +53,7 @@ def paired_bootstrap(
     first, second = _paired(first, second, float)
     values, counts = np.unique(first - second, return_counts=True)  # few values: one multinomial a draw is enough
     drawn = np.random.default_rng(seed).multinomial(len(first), counts / len(first), size=draws)
-    low, high = np.quantile(drawn @ values / len(first), (0.025, 0.975))
+    low, high = np.quantile(drawn @ values / len(first), ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)
 
 

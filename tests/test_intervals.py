@@ -97,12 +97,13 @@ def test_mcnemar_of_many_samples_is_no_rounding_error():
     [([1, 1, 0, 1, 0], [0, 1, 0, 0, 1]), ([1 / 3, 1, 0, 2 / 3, 1], [0, 1 / 3, 1, 0, 2 / 3])],
     ids=["right or wrong", "shares"],
 )
-def test_bootstrap_equals_all_resamplings(first, second):
+@pytest.mark.parametrize("level", [0.95, 0.8])
+def test_bootstrap_equals_all_resamplings(first, second, level):
     """All 5**5 ways to draw five pairs again, each as likely, give the exact distribution of the difference."""
     differences = np.subtract(first, second)
     means = np.sort([np.mean(differences[list(way)]) for way in itertools.product(range(5), repeat=5)])
-    low, high = paired_bootstrap(first, second, draws=200_000)
-    for bound, share in ((low, 0.025), (high, 0.975)):
+    low, high = paired_bootstrap(first, second, level, draws=200_000)
+    for bound, share in ((low, (1 - level) / 2), (high, (1 + level) / 2)):
         # The quantile of the draws lies between two of the exact distribution a hair to either side.
         least, most = np.quantile(means, (share - 0.003, share + 0.003))
         assert least - 1e-9 <= bound <= most + 1e-9
