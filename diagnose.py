@@ -33,7 +33,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -45,6 +44,7 @@ from multicoco.data_multicoco import ANSWER_MARK, load_records
 from multicoco.intervals import mcnemar, paired_bootstrap, wilson_interval
 from multicoco.processing_multicoco import open_image
 from multicoco.score import ScoreArguments, Subject, check_records, describe, load_metric, read_predictions
+from multicoco.settings import read_settings
 
 
 FORMAT = 1  # of experiments and their files: raise it when an experiment of the same name means something else
@@ -120,16 +120,8 @@ def parse(arguments: Sequence[str]) -> DiagnoseArguments:
     )
     arguments = list(arguments)
     if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
-        path = Path(arguments.pop(0))
-        if not path.is_file():
-            raise ValueError(f"`{path}` does not exist, expected a file of settings. Check the path.")
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path} holds a {type(settings).__name__}, expected names and values of flags.")
-        texts = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in settings.items()}
-        arguments = [
-            word for name, value in texts.items() if value is not None for word in (f"--{name}", str(value))
-        ] + arguments
+        from_file = read_settings(arguments.pop(0))
+        arguments = [word for words in from_file.values() for word in words] + arguments
     return parser.parse_args_into_dataclasses(args=arguments)[0]
 
 

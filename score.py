@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from matplotlib.figure import Figure
@@ -34,6 +33,7 @@ from transformers import HfArgumentParser
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor
 from multicoco.data_multicoco import ANSWER_MARK, CurriculumArguments, ReasoningCollator, StageDataset, load_records
 from multicoco.intervals import mcnemar, paired_bootstrap, wilson_interval
+from multicoco.settings import read_settings
 
 
 # What decides how a checkpoint answers; other files of its folder may change without making its predictions stale.
@@ -134,19 +134,8 @@ def parse(arguments: Sequence[str]) -> ScoreArguments:
     )
     arguments = list(arguments)
     if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
-        path = Path(arguments.pop(0))
-        if not path.is_file():
-            raise ValueError(f"`{path}` does not exist, expected a file of settings. Check the path.")
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path} holds a {type(settings).__name__}, expected names and values of flags.")
-        from_file = []
-        for name, value in settings.items():
-            values = value if isinstance(value, list) else [value]
-            if value is not None:  # null is as if it were not there
-                texts = [json.dumps(item) if isinstance(item, dict) else str(item) for item in values]
-                from_file += [f"--{name}", *texts]
-        arguments = from_file + arguments
+        from_file = read_settings(arguments.pop(0))
+        arguments = [word for words in from_file.values() for word in words] + arguments
     return parser.parse_args_into_dataclasses(args=arguments)[0]
 
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
@@ -33,6 +32,7 @@ from multicoco.data_multicoco import ANSWER_MARK, CurriculumArguments, Reasoning
 from multicoco.intervals import wilson_interval
 from multicoco.memory import PARTS, estimate_memory, worst_batches
 from multicoco.model_card import write_card
+from multicoco.settings import read_settings
 from multicoco.trainer_callbacks import (
     AnswerCallback,
     CompletionCallback,
@@ -168,16 +168,8 @@ def parse(arguments: list[str]):
     flags = [argument for place, argument in enumerate(arguments) if place not in files]
     from_file, sources = [], {}
     for place in files:
-        settings = yaml.safe_load(Path(arguments[place]).read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError(
-                f"{arguments[place]} holds a {type(settings).__name__}, expected names and values of flags."
-            )
-        for name, value in settings.items():
-            if value is None:  # as if it were not there
-                continue
-            values = value if isinstance(value, list) else [value]
-            from_file += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
+        for name, words in read_settings(arguments[place]).items():
+            from_file += words
             sources[name] = arguments[place]
     for flag in flags:
         if flag.startswith("--"):
