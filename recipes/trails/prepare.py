@@ -55,9 +55,9 @@ def make_board(rng: np.random.Generator, size: int, max_arrows: int) -> Board:
     Draws a board and a question.
 
     The trail never visits a cell twice: free arrows soon run back and forth between two cells, so that few answers
-    need all steps. Colours are free, so a board's most frequent one is the answer in a quarter of all cases; that
-    faint hint is what a model learns to look at colours by. On boards that have every colour equally often it took
-    three times as many steps, or never happened.
+    need all steps. Colours are free, so a board's most frequent one is the answer in a quarter of all cases: a faint
+    hint by which a small model may first learn to look at colours. Boards that have every colour equally often give
+    none; with them, and a longer prompt, colours were learned late or never.
     """
     trail, moves = _draw_trail(rng, size, max_arrows)
     options, num_options = _moves_inside(size)
