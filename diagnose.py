@@ -40,7 +40,7 @@ from transformers import HfArgumentParser
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from multicoco import MultiCoCoConfig
-from multicoco.data_multicoco import ANSWER_MARK, load_records
+from multicoco.data_multicoco import load_records
 from multicoco.intervals import mcnemar, paired_bootstrap, wilson_interval
 from multicoco.processing_multicoco import open_image
 from multicoco.score import ScoreArguments, Subject, check_records, describe, load_metric, read_predictions
@@ -372,14 +372,8 @@ class Diagnosis:
             )
         thoughts = output.thoughts.cpu() if experiment.records else None
         tokens = output.sequences if experiment.records else output
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        lines = []
-        for row, new in zip(rows, tokens[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            new_tokens = next((place + 1 for place, token in enumerate(new) if token in ends), len(new))
-            text = self.subject.processor.tokenizer.decode(new[:new_tokens], skip_special_tokens=True)
-            prediction = text.rsplit(ANSWER_MARK, 1)[-1].strip()
-            lines.append({"index": row, "prediction": prediction, "text": text, "new_tokens": new_tokens})
+        answers = self.subject.read_answers(tokens[:, batch["input_ids"].shape[1] :])
+        lines = [{"index": row, **answer} for row, answer in zip(rows, answers, strict=True)]
         return lines, thoughts
 
     def prompts(self, rows: Sequence[int], num_thoughts: int | None) -> dict[str, torch.Tensor]:

@@ -245,12 +245,16 @@ class Subject:
         length = batch["input_ids"].shape[1]
         batch = _to(batch, self.device)
         output = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False)
+        return self.read_answers(output[:, length:])
+
+    def read_answers(self, tokens: torch.Tensor) -> list[dict[str, Any]]:
+        """From new tokens `(rows, number)` the text, its number of tokens, and what stands after the last `### `."""
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         answers = []
-        for tokens in output[:, length:].tolist():
-            num_tokens = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
-            text = self.processor.tokenizer.decode(tokens[:num_tokens], skip_special_tokens=True)
+        for row in tokens.tolist():
+            num_tokens = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+            text = self.processor.tokenizer.decode(row[:num_tokens], skip_special_tokens=True)
             prediction = text.rsplit(ANSWER_MARK, 1)[-1].strip()
             answers.append({"prediction": prediction, "text": text, "new_tokens": num_tokens})
         return answers
