@@ -4,7 +4,7 @@ BIN := .venv/bin
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2
 BASELINES := cot no_cot no_thoughts pause pause_loop
 
-.PHONY: env trails train baselines test quality style clean
+.PHONY: env trails train baselines truth beyond test quality style clean
 
 env: .venv/installed
 
@@ -27,6 +27,14 @@ train: trails
 baselines: trails
 	for mode in $(BASELINES); do $(TORCHRUN) train.py recipes/trails/$$mode.yaml || exit 1; done
 	$(BIN)/python recipes/trails/compare.py $(wildcard out/trails-coconut) $(BASELINES:%=out/trails-%) --output out/trails.png
+
+# Do the thoughts matter? Every mode with three seeds, each diagnosed; hours, and goes on where it stopped.
+truth: trails
+	$(BIN)/python recipes/trails/truth.py
+
+# What lies beyond the trained range, and which setting moves it: harder boards, three seeds for each change; hours.
+beyond: env
+	$(BIN)/python recipes/trails/beyond.py
 
 test: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest

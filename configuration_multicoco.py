@@ -21,6 +21,7 @@ START_LATENT_TOKEN, LATENT_TOKEN, END_LATENT_TOKEN = "<|start-latent|>", "<|late
 # `coconut` feeds thoughts back; `pause` reads the latent token's own embedding in one plain pass and `pause_loop` does
 # so in the same passes as `coconut` (controls). `cot`, `no_cot` and `no_thoughts` differ in their data only.
 MODES = ("coconut", "cot", "no_cot", "no_thoughts", "pause", "pause_loop")
+FEEDBACKS = ("identity", "rms_match")
 
 # Language models whose parameter names are the same in an original checkpoint and in transformers.
 ORIGINAL_TEXT_MODELS = {
@@ -52,7 +53,8 @@ class MultiCoCoConfig(InternVLConfig):
             Thoughts to use at inference: what the last stage trained. `None`: the model was never trained with a
             thought block, and prompts carry none; 0: a block with its two markers and no thought (stage 0).
         thought_feedback (`str`, defaults to `"identity"`):
-            How a state becomes the next input embedding. `"identity"`, the paper's, is the only one.
+            How a state becomes the next input embedding: as it is (`"identity"`, the paper's), or with the norm of
+            the embedding of `<|latent|>`, whose place it takes (`"rms_match"`).
         mode (`str`, defaults to `"coconut"`):
             What the checkpoint was trained as: `coconut`, `cot`, `no_cot`, `no_thoughts`, `pause` or `pause_loop`.
         system_message (`str`, *optional*):
@@ -118,10 +120,10 @@ class MultiCoCoConfig(InternVLConfig):
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
         if self.mode not in MODES:
             raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {self.mode!r}.")
-        if self.thought_feedback != "identity":
+        if self.thought_feedback not in FEEDBACKS:
             raise ValueError(
-                f"`thought_feedback` must be 'identity', got {self.thought_feedback!r}. The checkpoint may come "
-                "from a newer multicoco: upgrade it."
+                f"`thought_feedback` must be one of {', '.join(FEEDBACKS)}, got {self.thought_feedback!r}. The "
+                "checkpoint may come from a newer multicoco: upgrade it."
             )
 
     def _check_vision(self):

@@ -57,6 +57,27 @@ def paired_bootstrap(
     return float(low), float(high)
 
 
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """
+    The interval of the mean of independent values, as accuracies of several seeds (Student 1908). It speaks of other
+    seeds; two or three leave it wide.
+
+    Raises:
+        ValueError: there are fewer than two values.
+    """
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        raise ValueError(f"`values` has {len(values)} entries, expected at least two. One seed has no interval.")
+    # With t = sqrt(n - 1) * tan(angle), Student's density is a power of the cosine.
+    freedom = len(values) - 1
+    angles = np.linspace(-np.pi / 2, np.pi / 2, 200001)
+    density = np.cos(angles).clip(min=0) ** (freedom - 1)
+    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    quantile = math.sqrt(freedom) * math.tan(np.interp((1 + level) / 2, mass / mass[-1], angles))
+    half = quantile * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return float(values.mean()) - half, float(values.mean()) + half
+
+
 def _paired(first, second, dtype=bool) -> tuple[np.ndarray, np.ndarray]:
     if len(first) != len(second) or not len(first):
         raise ValueError(

@@ -699,7 +699,7 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             chunk = inputs_embeds[:, start:stop]  # (B, stop - start, D)
             if start > 0:
                 first = chunk[:, 0]  # (B, D)
-                state = first if self.config.mode in ("pause", "pause_loop") else states[-1][:, -1]
+                state = self._feed_back(states[-1][:, -1], first)
                 for number in sorted(set(numbers[:, start].tolist()) - {0}):
                     thought = state if edit_thoughts is None else edit_thoughts(state, number - 1)
                     rows = device_numbers[:, start, None] == number  # (B, 1)
@@ -736,6 +736,16 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             surplus = language_model(inputs_embeds=inputs_embeds[:1, :1], use_cache=False).last_hidden_state
             hidden_states = hidden_states + 0.0 * surplus.sum()
         return hidden_states, outputs, torch.stack(thoughts, dim=1) if thoughts else None
+
+    def _feed_back(self, state, latent):
+        """The thought (B, D) that `state` (B, D) becomes where the embedding `latent` (B, D) stands."""
+        if self.config.mode in ("pause", "pause_loop"):
+            return latent
+        if self.config.thought_feedback == "identity":
+            return state
+        # Not the mean norm of all embeddings: under ZeRO-3 no rank has them, and this one can be learned.
+        norm = state.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(state.dtype).tiny)
+        return state * (latent.norm(dim=-1, keepdim=True) / norm)
 
     def _resolve_cache(self, use_cache: bool | None, past_key_values: Cache | None) -> bool:
         """Whether a cache is returned; refuses what activation checkpointing would silently compute wrongly."""

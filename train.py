@@ -28,6 +28,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens
+from multicoco.configuration_multicoco import FEEDBACKS
 from multicoco.data_multicoco import ANSWER_MARK, CurriculumArguments, ReasoningCollator, StageDataset, load_records
 from multicoco.intervals import wilson_interval
 from multicoco.memory import PARTS, estimate_memory, worst_batches
@@ -55,6 +56,13 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Token whose embedding the thought tokens start from; the mean of all embeddings if not given."
+        },
+    )
+    thought_feedback: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a state becomes a thought; the checkpoint's own way if not given.",
+            "choices": list(FEEDBACKS),
         },
     )
     attn_implementation: str | None = field(
@@ -219,7 +227,8 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, processor: M
         name = start
     # Only DeepSpeed keeps the weights in float32 beside a bfloat16 model; in plain bfloat16 small updates are lost.
     dtype = torch.bfloat16 if args.bf16 and args.deepspeed else torch.float32
-    kwargs = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+    kwargs = {name: getattr(model_args, name) for name in ("attn_implementation", "thought_feedback")}
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
     model = MultiCoCoForConditionalGeneration.from_pretrained(name, dtype=dtype, **kwargs)
     for freeze, module in (
         (model_args.freeze_backbone, model.model.vision_tower),

@@ -67,6 +67,8 @@ def reference_embeds(model, input_ids, pixel_values, edit_thoughts=None, upto=No
         if token == model.config.latent_token_id:
             prefix = torch.stack(embeds[:position])[None]
             thought = model.model.language_model(inputs_embeds=prefix, use_cache=False).last_hidden_state[0, -1]
+            if model.config.thought_feedback == "rms_match":
+                thought = thought * (embeds[position].square().mean() / thought.square().mean()).sqrt()
             if edit_thoughts is not None:
                 thought = edit_thoughts(thought[None], len(thoughts))[0]
             thoughts.append(thought)

@@ -483,7 +483,10 @@ INVALID = {
     "stage_none": (dict(stage=None), "`stage` must be an integer of at least 0, got None"),
     "num_thoughts": (dict(num_thoughts=-1), "`num_thoughts` must be an integer of at least 0, got -1"),
     "num_thoughts_float": (dict(num_thoughts=2.0), "`num_thoughts` must be an integer of at least 0, got 2.0"),
-    "thought_feedback": (dict(thought_feedback="mlp"), "`thought_feedback` must be 'identity', got 'mlp'"),
+    "thought_feedback": (
+        dict(thought_feedback="mlp"),
+        "`thought_feedback` must be one of identity, rms_match, got 'mlp'",
+    ),
     "mode": (dict(mode="thinking"), "`mode` must be one of coconut, cot, .* got 'thinking'"),
     "ratio_uneven": (dict(downsample_ratio=0.3), "`downsample_ratio` must divide the 4 x 4 patches .* got 0.3"),
     "ratio_zero": (dict(downsample_ratio=0.0), "`downsample_ratio` must divide"),

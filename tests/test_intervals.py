@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from multicoco.intervals import mcnemar, paired_bootstrap, wilson_interval
+from multicoco.intervals import mcnemar, mean_interval, paired_bootstrap, wilson_interval
 
 
 # --- Wilson ------------------------------------------------------------------------------------------------------
@@ -143,3 +143,29 @@ def test_bootstrap_turns_over_and_repeats_with_its_seed():
 def test_samples_that_are_no_pairs_are_refused(function, first, second):
     with pytest.raises(ValueError, match=f"`first` has {len(first)} samples and `second` {len(second)}"):
         function(first, second)
+
+
+# --- the mean of several seeds -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "quantile"), [(2, 12.7062), (3, 4.3027), (4, 3.1824), (10, 2.2622), (101, 1.9840)], ids=str
+)
+def test_mean_interval_has_students_quantiles(count, quantile):
+    """Quantiles at 0.975 as tables of Student's distribution print them."""
+    values = np.random.default_rng(count).normal(size=count)
+    low, high = mean_interval(values)
+    error = values.std(ddof=1) / math.sqrt(count)
+    assert (low + high) / 2 == pytest.approx(values.mean())
+    assert (high - low) / 2 == pytest.approx(quantile * error, rel=2e-5)
+
+
+def test_mean_interval_holds_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    held = [low <= 3 <= high for low, high in (mean_interval(rng.normal(3, 2, size=3), 0.8) for _ in range(600))]
+    assert np.mean(held) == pytest.approx(0.8, abs=0.05)
+
+
+def test_one_value_has_no_interval():
+    with pytest.raises(ValueError, match="`values` has 1 entries"):
+        mean_interval([0.5])

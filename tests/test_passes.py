@@ -41,6 +41,20 @@ def test_loss_and_gradients_match_full_recompute(model, batch, checkpointing):
     assert_same_grads(grads, expected)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_rescaled_thoughts_match_full_recompute(model, make_batch, checkpointing, monkeypatch):
+    monkeypatch.setattr(model.config, "thought_feedback", "rms_match")
+    batch = make_batch(**CASES["unaligned_right"])
+    expected_loss, expected = loss_and_grads(model, lambda: reference_loss(model, batch))
+    with training(model, checkpointing):
+        loss, grads = loss_and_grads(model, lambda: model(**model_inputs(batch)).loss)
+    torch.testing.assert_close(loss, expected_loss, atol=1e-11, rtol=0)
+    assert_same_grads(grads, expected)
+    latent = model.get_input_embeddings().weight[model.config.latent_token_id]
+    thoughts = model(**model_inputs(batch), return_thoughts=True).thoughts
+    torch.testing.assert_close(thoughts[1].norm(dim=-1), latent.norm().expand(3), atol=1e-11, rtol=0)
+
+
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_logits_and_thoughts_match_full_recompute(model, batch, attn_implementation):
     model.set_attn_implementation(attn_implementation)

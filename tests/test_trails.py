@@ -59,7 +59,7 @@ def test_trail_never_visits_a_cell_twice(size, max_arrows):
 
 @SIZES
 def test_steps_and_answer_follow_from_the_picture(tmp_path, size, max_arrows):
-    prepare.write_split(tmp_path, "train", 100, size, max_arrows, seed=0)
+    prepare.write_split(tmp_path, "train", 100, size=size, max_arrows=max_arrows, seed=0)
     for record in records(tmp_path, "train"):
         with Image.open(tmp_path / record["images"][0]) as image:
             assert (image.format, image.mode, image.size) == ("PNG", "RGB", (14 * size, 14 * size))
@@ -85,7 +85,7 @@ def test_every_arrow_stays_on_the_board(size, max_arrows):
 
 
 def test_records_have_the_documented_fields(tmp_path):
-    prepare.write_split(tmp_path, "val", 12, 4, 5, seed=0)
+    prepare.write_split(tmp_path, "val", 12, size=4, max_arrows=5, seed=0)
     made = records(tmp_path, "val")
     assert [list(record) for record in made] == [["id", "images", "question", "steps", "answer"]] * 12
     assert len({record["id"] for record in made}) == 12
@@ -202,7 +202,7 @@ def trails_processor(checkpoint):
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trails")
-    prepare.write_split(folder, "val", 200, 4, 5, seed=0)
+    prepare.write_split(folder, "val", 200, size=4, max_arrows=5, seed=0)
     return folder
 
 

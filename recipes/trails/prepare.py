@@ -1,6 +1,6 @@
 """Makes the Trails data set: boards of coloured cells with arrows, a question about each, and its steps.
 
-    python recipes/trails/prepare.py --output_dir data/trails --num_train 25600 --num_val 1024 --size 4 --max_arrows 5
+    python recipes/trails/prepare.py --output_dir data/trails --num_train 16000 --num_val 1024 --size 4 --max_arrows 5
 
 The same seed makes the same files, byte for byte, and the first boards of a split are the same whatever its size:
 each board is drawn from a generator of its own, seeded by `(seed, split, index)`.
@@ -50,9 +50,9 @@ class Board(NamedTuple):
     num_arrows: int
 
 
-def make_board(rng: np.random.Generator, size: int, max_arrows: int) -> Board:
+def make_board(rng: np.random.Generator, size: int, max_arrows: int, max_asked: int | None = None) -> Board:
     """
-    Draws a board and a question.
+    Draws a board with a trail of `max_arrows`, and a question that follows 1 to `max_asked` of them (default: all).
 
     The trail never visits a cell twice: free arrows soon run back and forth between two cells, so that few answers
     need all steps. Colours are free, so a board's most frequent one is the answer in a quarter of all cases: a faint
@@ -66,7 +66,7 @@ def make_board(rng: np.random.Generator, size: int, max_arrows: int) -> Board:
     for cell, move in zip(trail, moves, strict=False):  # the last cell keeps its own arrow
         arrows[cell] = move
     colours = rng.integers(len(COLOURS), size=(size, size))
-    return Board(colours, arrows, trail, int(rng.integers(1, max_arrows + 1)))
+    return Board(colours, arrows, trail, int(rng.integers(1, (max_asked or max_arrows) + 1)))
 
 
 def _draw_trail(rng, size, max_arrows) -> tuple[list[tuple[int, int]], list[int]]:
@@ -149,19 +149,21 @@ def make_record(board: Board, split: str, index: int) -> dict:
     }
 
 
-def iter_boards(split: str, count: int, size: int, max_arrows: int, seed: int) -> Iterator[Board]:
+def iter_boards(
+    split: str, count: int, size: int, max_arrows: int, seed: int, max_asked: int | None = None
+) -> Iterator[Board]:
     for index in range(count):
-        yield make_board(np.random.default_rng((seed, SPLITS.index(split), index)), size, max_arrows)
+        yield make_board(np.random.default_rng((seed, SPLITS.index(split), index)), size, max_arrows, max_asked)
 
 
-def write_split(output_dir: str | Path, split: str, count: int, size: int, max_arrows: int, seed: int) -> set[bytes]:
+def write_split(output_dir: str | Path, split: str, count: int, **board) -> set[bytes]:
     """Writes `{split}.jsonl` and the pictures in `{split}/`; returns the digests of the pictures."""
     output_dir = Path(output_dir)
     (output_dir / split).mkdir(parents=True, exist_ok=True)
     digests = set()
     with open(output_dir / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as file:
-        for index, board in enumerate(iter_boards(split, count, size, max_arrows, seed)):
-            picture, record = draw_board(board), make_record(board, split, index)
+        for index, drawn in enumerate(iter_boards(split, count, **board)):
+            picture, record = draw_board(drawn), make_record(drawn, split, index)
             digests.add(hashlib.sha256(picture).digest())
             Image.fromarray(picture).save(output_dir / record["images"][0], compress_level=1)
             file.write(json.dumps(record) + "\n")
@@ -176,9 +178,11 @@ def prepare(
     size: int = 4,
     max_arrows: int = 5,
     seed: int = 0,
+    max_train_arrows: int | None = None,
 ) -> bool:
     """
     Makes the whole data set, or nothing where it is already. It appears under its name only when it is complete.
+    With `max_train_arrows` the questions of the train split follow at most so many arrows of the same trails.
 
     Returns:
         `bool`: whether anything was made.
@@ -197,12 +201,19 @@ def prepare(
             f"`max_arrows` must be between 1 and {size * size - 1}, got {max_arrows}: a longer trail on "
             f"{size} x {size} cells visits one of them twice."
         )
+    if max_train_arrows is not None and not 1 <= max_train_arrows <= max_arrows:
+        raise ValueError(
+            f"`max_train_arrows` must be between 1 and `max_arrows` {max_arrows}, got {max_train_arrows}."
+        )
     if seed < 0:
         raise ValueError(f"`seed` must be at least 0, got {seed}.")
 
     output_dir = Path(output_dir)
     settings = {"data_set": "trails", "format": FORMAT, **{f"num_{split}": count for split, count in counts.items()}}
-    settings |= {"size": size, "max_arrows": max_arrows, "seed": seed}
+    board = {"size": size, "max_arrows": max_arrows, "seed": seed}
+    settings |= board
+    if max_train_arrows is not None:
+        settings["max_train_arrows"] = max_train_arrows
     found = _read_settings(output_dir)
     if found == settings:
         return False
@@ -219,7 +230,8 @@ def prepare(
     for split, count in counts.items():
         if not count:
             continue
-        digests = write_split(partial, split, count, size, max_arrows, seed)
+        max_asked = max_train_arrows if split == "train" else None
+        digests = write_split(partial, split, count, **board, max_asked=max_asked)
         for other in {owners[digest] for digest in digests if digest in owners}:
             raise ValueError(
                 f"A board of `{split}` is also in `{other}`: boards of {size} x {size} cells are too few for "
@@ -256,6 +268,9 @@ def main():
     parser.add_argument("--size", type=int, default=4, help="Cells along each side of a board.")
     parser.add_argument("--max_arrows", type=int, default=5, help="A question follows 1 to this many arrows.")
     parser.add_argument("--seed", type=int, default=0, help="Other seeds give other boards.")
+    parser.add_argument(
+        "--max_train_arrows", type=int, help="A question to train on follows at most this many (default: max_arrows)."
+    )
     args = parser.parse_args()
     made = prepare(**vars(args))
     print(f"{args.output_dir}: {'made' if made else 'already there, with the same settings'}")

@@ -1,0 +1,182 @@
+"""What lies beyond the trained range, and which setting moves it: a harder Trails, every change with several seeds.
+
+    python recipes/trails/beyond.py --seeds 0 1 2 --jobs 2
+    python recipes/trails/beyond.py --variants plain linear --seeds 0 --num_train_epochs 2    # what else it is given
+                                                                                              # goes to train.py
+
+Boards of 6 x 6 cells. Questions to train on follow up to 8 arrows, questions to answer up to 10. For each seed one
+model learns to write the steps (`cot.yaml`); from it every variant of `beyond.yaml` replaces the first 3 steps by
+thoughts, and is asked with those of 0 to 5 steps. A command that was interrupted goes on with what is missing.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from multicoco.data_multicoco import load_records
+from multicoco.intervals import mean_interval
+from multicoco.recipes.trails.prepare import prepare
+from multicoco.recipes.trails.runs import ROOT, Run, markdown, run_all
+from multicoco.recipes.trails.start_model import make_start_model
+
+
+SIZE, MAX_ARROWS, MAX_TRAIN_ARROWS, MAX_STAGE = 6, 10, 8, 3
+ASKED = range(MAX_STAGE + 3)  # steps that thoughts stand for: what was trained, and two more
+VARIANTS = {  # the change against beyond.yaml
+    "plain": [],
+    "linear": ["--mix", "linear"],
+    "uniform": ["--mix", "uniform", "--mix_prob", "0.5"],
+    "longer": ["--epochs_per_stage", "2", "--num_train_epochs", "6"],
+    "two_thoughts": ["--c_thought", "2"],
+    "rms_match": ["--thought_feedback", "rms_match"],
+}
+COT = "cot"
+COT_FLAGS = ["--num_train_epochs", "8", "--lr_scheduler_kwargs", json.dumps({"num_decay_steps": 500})]
+
+
+def training(variant, seed, data, output_dir, settings) -> Run:
+    """From written reasoning to thoughts, or, for `cot`, from random weights to written reasoning."""
+    start = f"start-{seed}" if variant == COT else f"{COT}-{seed}"
+    flags = [str(ROOT / "recipes" / "trails" / f"{'cot' if variant == COT else 'beyond'}.yaml")]
+    flags += ["--train_file", f"{data}/train.jsonl", "--eval_file", f"{data}/val.jsonl", "--answer_every", "end"]
+    flags += ["--model_name_or_path", str(output_dir / start), "--seed", str(seed)]
+    flags += ["--per_device_train_batch_size", "64", *(COT_FLAGS if variant == COT else VARIANTS[variant]), *settings]
+    return Run(output_dir / f"{variant}-{seed}", "train.py", flags)
+
+
+def scoring(variant, seed, data, output_dir) -> Run:
+    """Its answers with the thoughts of 0 to 5 steps; a model that only writes is asked once."""
+    flags = ["--model", str(output_dir / f"{variant}-{seed}"), "--data", f"{data}/val.jsonl", "--batch_size", "256"]
+    if variant != COT:
+        flags += ["--num_thoughts", *(str(_c_thought(variant) * asked) for asked in ASKED)]
+    return Run(output_dir / "scores" / f"{variant}-{seed}", "score.py", flags)
+
+
+def _c_thought(variant: str) -> int:
+    flags = VARIANTS.get(variant, [])
+    return int(flags[flags.index("--c_thought") + 1]) if "--c_thought" in flags else 1
+
+
+def read_answers(folder: Path, records: Sequence[dict]) -> dict[int, np.ndarray]:
+    """For each number of steps that were asked to be thought, whether each record was answered right."""
+    right = {}
+    for path in (folder / "predictions").glob("*.jsonl"):
+        header, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        hits = np.zeros(len(records))
+        for line in lines:
+            hits[line["index"]] = line["prediction"] == records[line["index"]]["answer"]
+        right[header["num_thoughts"] or 0] = hits
+    return {asked: right[thoughts] for asked, thoughts in enumerate(sorted(right))}
+
+
+def columns(right: dict[int, np.ndarray], arrows: np.ndarray) -> dict[str, float]:
+    """The accuracies of the table: within the trained range, fewer and more thoughts, longer trails."""
+    seen = arrows <= MAX_TRAIN_ARROWS
+    found = {str(asked): hits[seen] for asked, hits in right.items()}
+    last = right[MAX_STAGE if len(right) > 1 else 0]  # a model that only writes was asked once
+    found |= {f"{count} arrows": last[arrows == count] for count in range(MAX_TRAIN_ARROWS + 1, MAX_ARROWS + 1)}
+    return {name: float(hits.mean()) for name, hits in found.items()}
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """Means of the seeds; of all but the first kind of thoughts the difference to `plain`, paired by seed."""
+    names = [str(asked) for asked in ASKED] + [f"{n} arrows" for n in range(MAX_TRAIN_ARROWS + 1, MAX_ARROWS + 1)]
+    lines = []
+    for variant, seeds in results.items():
+        line = [variant]
+        for name in names:
+            values = [seed[name] for seed in seeds if name in seed]
+            cell = f"{100 * np.mean(values):.1f}" if values else "-"
+            if values and variant not in (COT, "plain") and "plain" in results and len(values) > 1:
+                gains = [value - plain[name] for value, plain in zip(values, results["plain"], strict=True)]
+                low, high = mean_interval(gains)
+                cell += f" ({100 * np.mean(gains):+.1f}: {100 * low:+.1f} to {100 * high:+.1f})"
+            line.append(cell)
+        lines.append(line)
+    head = [f"steps thought, of {MAX_STAGE} trained", *names[: len(ASKED)], *names[len(ASKED) :]]
+    return markdown(head, lines)
+
+
+def draw(answers, arrows, path: Path):
+    """Where it breaks: accuracy by arrows and thoughts of the plain variant, and of each variant by thoughts."""
+    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+    first = "plain" if "plain" in answers else next(name for name in answers if name != COT)
+    cells = np.array(
+        [
+            [np.mean([seed[asked][arrows == count].mean() for seed in answers[first]]) for asked in ASKED]
+            for count in range(1, MAX_ARROWS + 1)
+        ]
+    )
+    left.imshow(cells, aspect="auto", vmin=0, vmax=1, cmap="viridis")
+    for (row, column), value in np.ndenumerate(cells):
+        colour = "black" if value > 0.6 else "white"
+        left.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    left.axvline(MAX_STAGE + 0.5, color="red", linewidth=1.2)
+    left.axhline(MAX_TRAIN_ARROWS - 0.5, color="red", linewidth=1.2)
+    left.set_yticks(range(MAX_ARROWS), range(1, MAX_ARROWS + 1))
+    left.set(xlabel="steps thought, the rest is written", ylabel="arrows of the question")
+    left.set_title(f"{first}: right answers in % (trained: left of and above the red lines)", fontsize=9)
+    seen = arrows <= MAX_TRAIN_ARROWS
+    for number, (variant, seeds) in enumerate(answers.items()):
+        if variant == COT:
+            right.axhline(np.mean([seed[0][seen].mean() for seed in seeds]), color="0.5", linestyle="--", label=COT)
+            continue
+        rates = np.array([[seed[asked][seen].mean() for asked in ASKED] for seed in seeds])  # (seeds, asked)
+        right.plot(ASKED, rates.mean(axis=0), color=f"C{number}", label=variant)
+        right.plot(ASKED, rates.T, "o", color=f"C{number}", markersize=3)
+    right.axvline(MAX_STAGE, color="red", linewidth=0.8, linestyle=":")
+    right.set(xlabel=f"steps thought ({MAX_STAGE} were trained; a dot is a seed)", ylim=(0, 1.03))
+    right.yaxis.set_major_formatter(PercentFormatter(1))
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.set_title(f"questions of up to {MAX_TRAIN_ARROWS} arrows", fontsize=9)
+    right.legend(fontsize=8, frameon=False, loc="lower left")
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, float]]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data/beyond", help="Folder of the boards; made if it is not there.")
+    parser.add_argument("--output_dir", type=Path, default=Path("out/beyond"), help="Folder of all runs.")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="Default: all.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Seeds (default: 0 1 2).")
+    parser.add_argument("--num_train", type=int, default=16000, help="Boards to train on.")
+    parser.add_argument("--num_val", type=int, default=1024, help="Boards to answer.")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Commands at a time (default: the cores).")
+    args, settings = parser.parse_known_args(arguments)
+    prepare(
+        args.data, args.num_train, args.num_val, size=SIZE, max_arrows=MAX_ARROWS, max_train_arrows=MAX_TRAIN_ARROWS
+    )
+    for seed in args.seeds:
+        start = args.output_dir / f"start-{seed}"
+        if not (start / "model.safetensors").is_file():
+            make_start_model(start, SIZE, MAX_ARROWS, seed)
+    pairs = [(variant, seed) for seed in args.seeds for variant in args.variants]
+    written = [(COT, seed) for seed in args.seeds]
+    for wave, name in ((written, "written reasoning"), (pairs, "thoughts")):
+        run_all([training(*pair, args.data, args.output_dir, settings) for pair in wave], args.jobs, name)
+    run_all([scoring(*pair, args.data, args.output_dir) for pair in written + pairs], args.jobs, "answers")
+
+    records = load_records(f"{args.data}/val.jsonl")
+    arrows = np.array([len(record["steps"]) for record in records])
+    answers = {
+        variant: [read_answers(args.output_dir / "scores" / f"{variant}-{seed}", records) for seed in args.seeds]
+        for variant in (COT, *args.variants)
+    }
+    results = {variant: [columns(right, arrows) for right in seeds] for variant, seeds in answers.items()}
+    (args.output_dir / "beyond.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    text = table(results)
+    (args.output_dir / "beyond.md").write_text(text, encoding="utf-8")
+    draw(answers, arrows, args.output_dir / "beyond.png")
+    print(f"\n{text}\nbeyond.json, beyond.md and beyond.png are in {args.output_dir}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

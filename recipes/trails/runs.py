@@ -1,0 +1,81 @@
+"""Many trainings and measurements side by side, each a command of its own: what truth.py and beyond.py share."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    A command of this repository and the folder that it fills.
+
+    Args:
+        output_dir (`Path`): Appears under this name only when the command has ended well.
+        script (`str`): `train.py`, `score.py` or `diagnose.py`.
+        flags (`Sequence[str]`): Its settings, without `--output_dir`.
+    """
+
+    output_dir: Path
+    script: str
+    flags: Sequence[str]
+
+
+def run_all(runs: Sequence[Run], jobs: int, description: str):
+    """
+    Runs what is not there yet, `jobs` commands at a time on one core each. A `.log` beside each folder has its output.
+
+    Raises:
+        RuntimeError: a command failed; the others have been let finish.
+    """
+    todo = [run for run in runs if not run.output_dir.is_dir()]
+    failed = []
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        tqdm(total=len(runs), initial=len(runs) - len(todo), desc=description) as bar,
+    ):
+        started = {pool.submit(_run, run): run for run in todo}
+        for future in as_completed(started):
+            if future.result():
+                failed.append(started[future])
+            bar.update()
+    if failed:
+        log = _log(failed[0])
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+        raise RuntimeError(
+            f"{len(failed)} of {len(todo)} commands failed, the first is {failed[0].output_dir} ({log}):\n{tail}\n"
+            "The same command again does only what is missing."
+        )
+
+
+def _log(run: Run) -> Path:
+    return run.output_dir.with_name(run.output_dir.name + ".log")
+
+
+def _run(run: Run) -> int:
+    partial = run.output_dir.with_name(run.output_dir.name + ".partial")  # diagnose.py and score.py go on from there
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / run.script), *run.flags, "--output_dir", str(partial)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    began = time.perf_counter()
+    with open(_log(run), "w", encoding="utf-8") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+        log.write(f"\n{time.perf_counter() - began:.0f} seconds\n")
+    if code == 0:
+        os.replace(partial, run.output_dir)
+    return code
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,0 +1,187 @@
+"""Do the thoughts of Trails matter? Every mode with several seeds, each diagnosed: one table, one picture, pages.
+
+    python recipes/trails/truth.py --seeds 0 1 2 --jobs 2
+    python recipes/trails/truth.py --modes coconut pause --seeds 0 --num_train_epochs 3       # what else it is given
+                                                                                              # goes to train.py
+
+A seed is that of the first weights, of the order of the boards and of the drawn stages; the boards are the same.
+A command that was interrupted goes on with what is missing.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from multicoco.intervals import mean_interval
+from multicoco.recipes.trails.prepare import COLOURS
+from multicoco.recipes.trails.runs import ROOT, Run, markdown, run_all
+from multicoco.recipes.trails.start_model import make_start_model
+
+
+MODES = ("coconut", "pause", "pause_loop", "no_thoughts", "no_cot", "cot")
+CONTROL = "pause"  # beside `coconut`, of the same seed
+CHANCE = 1 / len(COLOURS)
+
+# Columns: what diagnosis.json holds where; a mode without thoughts lacks most of it.
+FIGURES = {
+    "thoughts zeroed": ("experiments", "zero-all", "accuracy", "rate"),
+    "thoughts of another": ("experiments", "swap-all", "accuracy", "rate"),
+    "follows the donor": ("thoughts", "following", "donors_picture", "donor", "rate"),
+    "follows a decoy": ("thoughts", "following", "donors_picture", "decoy", "rate"),
+    "grey picture": ("experiments", "grey-both", "accuracy", "rate"),
+}
+
+
+def trainings(modes, seeds, data, output_dir, settings) -> list[Run]:
+    """One for each mode and seed: the mode's own YAML, on one process."""
+    files = ["--train_file", f"{data}/train.jsonl", "--eval_file", f"{data}/val.jsonl"]
+    return [
+        Run(
+            output_dir / f"{mode}-{seed}",
+            "train.py",
+            [
+                str(ROOT / "recipes" / "trails" / f"{mode}.yaml"),
+                *files,
+                *("--model_name_or_path", str(output_dir / f"start-{seed}"), "--seed", str(seed)),
+                *("--per_device_train_batch_size", "64", *settings),
+            ],
+        )
+        for seed in seeds
+        for mode in modes
+    ]
+
+
+def diagnoses(modes, seeds, data, output_dir, samples) -> list[Run]:
+    """One for each training; `coconut` has `pause` beside it."""
+    runs = []
+    for seed in seeds:
+        for mode in modes:
+            name = f"{mode}-{seed}"
+            flags = ["--model", str(output_dir / name), "--data", f"{data}/val.jsonl", "--max_samples", str(samples)]
+            if mode == "coconut" and CONTROL in modes:
+                flags += ["--control", str(output_dir / f"{CONTROL}-{seed}")]
+            flags += ["--batch_size", "256", "--report", str(output_dir / f"{name}.html")]
+            runs.append(Run(output_dir / "diagnosis" / name, "diagnose.py", flags))
+    return runs
+
+
+def read_seed(output_dir: Path, mode: str, seed: int) -> dict[str, Any]:
+    """What a seed of a mode reached, and what its diagnosis says; `None` for what the mode does not have."""
+    name = f"{mode}-{seed}"
+    final = json.loads((output_dir / name / "results.json").read_text())[-1]
+    diagnosis = json.loads((output_dir / "diagnosis" / name / "diagnosis.json").read_text())
+    found = {
+        "mode": mode,
+        "seed": seed,
+        "samples": final["eval/samples"],
+        "accuracy": final["eval/accuracy"],
+        "new_tokens": final["eval/new_tokens"],
+        "num_thoughts": final["eval/num_thoughts"],
+        "verdict": diagnosis.get("thoughts", {}).get("verdict"),
+        "lens": [row["top1"]["rate"] for row in diagnosis.get("lens", [])],
+        "diagnosed": diagnosis["samples"],
+    }
+    for label, path in FIGURES.items():
+        value = diagnosis
+        for key in path:
+            value = value.get(key, {})
+        found[label] = value if isinstance(value, float) else None
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]], modes: Sequence[str]) -> str:
+    """A line for each mode: means of its seeds, and what each seed reached."""
+    lines = []
+    for mode in modes:
+        mine = [row for row in rows if row["mode"] == mode]
+        rates = [row["accuracy"] for row in mine]
+        line = [mode, str(mine[0]["num_thoughts"]), f"{_mean(mine, 'new_tokens'):.1f}"]
+        line += [f"{_mean(mine, 'accuracy'):.1%}", interval(rates), ", ".join(f"{100 * rate:.1f}" for rate in rates)]
+        line += [_percent(_mean(mine, label)) for label in FIGURES]
+        verdicts = [row["verdict"] for row in mine if row["verdict"]]
+        line.append(", ".join(f"{verdicts.count(verdict)} x {verdict}" for verdict in dict.fromkeys(verdicts)) or "-")
+        lines.append(line)
+    head = ["", "thoughts", "generated tokens", "accuracy", "95 % of seeds", "each seed, %", *FIGURES, "thoughts are"]
+    return markdown(head, lines)
+
+
+def interval(rates: Sequence[float]) -> str:
+    """Of the mean over seeds, cut at 0 and 1; nothing for one seed."""
+    if len(rates) < 2:
+        return "-"
+    low, high = mean_interval(rates)
+    return f"{max(0, low):.1%} - {min(1, high):.1%}"
+
+
+def _mean(rows, label) -> float | None:
+    values = [row[label] for row in rows if row[label] is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def draw(rows: Sequence[dict[str, Any]], modes: Sequence[str], path: Path):
+    """Accuracy of each mode, and what answers follow when thoughts and picture are a donor's; a dot is a seed."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for axes, labels, names in (
+        (left, ("accuracy", "thoughts zeroed", "grey picture"), modes),
+        (right, ("follows the donor", "follows a decoy"), [mode for mode in modes if _has(rows, mode)]),
+    ):
+        for number, label in enumerate(labels):
+            width = 0.8 / len(labels)
+            for place, mode in enumerate(names):
+                values = [row[label] for row in rows if row["mode"] == mode and row[label] is not None]
+                if not values:
+                    continue
+                x = place + (number - (len(labels) - 1) / 2) * width
+                axes.bar(x, sum(values) / len(values), width * 0.92, color=f"C{number}", alpha=0.55)
+                axes.plot([x] * len(values), values, "o", color=f"C{number}", markersize=3.5)
+            axes.bar(0, 0, color=f"C{number}", alpha=0.55, label=label)
+        axes.axhline(CHANCE, color="0.5", linewidth=0.8, linestyle=":")
+        axes.set_xticks(range(len(names)), names, fontsize=9)
+        axes.set(ylim=(0, 1.02))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.legend(fontsize=8, frameon=False, loc="upper right" if axes is left else "best")
+    left.set_title("accuracy on held-out boards (dotted: chance; a dot is a seed)", fontsize=9)
+    right.set_title("answers under the thoughts and the picture of a donor", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def _has(rows, mode) -> bool:
+    return any(row["mode"] == mode and row["follows the donor"] is not None for row in rows)
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data/trails", help="Folder that prepare.py made (default: data/trails).")
+    parser.add_argument("--output_dir", type=Path, default=Path("out/truth"), help="Folder of all runs.")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="Modes (default: all).")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Seeds (default: 0 1 2).")
+    parser.add_argument("--samples", type=int, default=1000, help="Boards of a diagnosis (default: 1000).")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Commands at a time (default: the cores).")
+    args, settings = parser.parse_known_args(arguments)
+    for seed in args.seeds:
+        if not (args.output_dir / f"start-{seed}" / "model.safetensors").is_file():
+            make_start_model(args.output_dir / f"start-{seed}", seed=seed)
+    run_all(trainings(args.modes, args.seeds, args.data, args.output_dir, settings), args.jobs, "trainings")
+    run_all(diagnoses(args.modes, args.seeds, args.data, args.output_dir, args.samples), args.jobs, "diagnoses")
+    rows = [read_seed(args.output_dir, mode, seed) for mode in args.modes for seed in args.seeds]
+    (args.output_dir / "truth.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    text = table(rows, args.modes)
+    (args.output_dir / "truth.md").write_text(text, encoding="utf-8")
+    draw(rows, args.modes, args.output_dir / "truth.png")
+    print(f"\n{text}\ntruth.json, truth.md, truth.png and a page for each run are in {args.output_dir}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
