@@ -9,7 +9,6 @@
 A killed run goes on where it stopped when the same command is given again. What the figures mean: docs/scoring.md.
 """
 
-import argparse
 import csv
 import hashlib
 import itertools
@@ -28,12 +27,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor
 from multicoco.data_multicoco import ANSWER_MARK, CurriculumArguments, ReasoningCollator, StageDataset, load_records
 from multicoco.intervals import mcnemar, paired_bootstrap, wilson_interval
-from multicoco.settings import read_settings
+from multicoco.settings import parse_settings
 
 
 # What decides how a checkpoint answers; other files of its folder may change without making its predictions stale.
@@ -42,12 +40,39 @@ CHOICES_BY = ("generation", "likelihood")
 PERCENT = ("multiple_choice", "direct_answer", "direct_answer_vqa_normalized")  # A-OKVQA's, as its program prints them
 
 
-@dataclass
-class ScoreArguments:
+@dataclass(kw_only=True)
+class AskArguments:
+    """How records are read and a checkpoint is loaded and asked: common to score.py and diagnose.py."""
+
+    data: str = field(metadata={"help": "Records: .jsonl, .json, a folder, or a Hub data set."})
+    metric: str = field(
+        default="exact",
+        metadata={
+            "help": "exact: what is written after the last '### ' is, letter by letter, the record's answer. Else "
+            "FILE:RESULT, a metric in the form of `evaluate` and the name of its result, as "
+            "metrics/answer_accuracy.py:numeric_match."
+        },
+    )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest answer in tokens; the data's longest steps and answer if not given."}
+    )
+    column_mapping: str | None = field(
+        default=None, metadata={"help": 'JSON object from field to column name, as {"steps": "rationale"}.'}
+    )
+    split: str = field(default="validation", metadata={"help": "Split of a folder or Hub data set."})
+    allow_outside: bool = field(default=False, metadata={"help": "Allow image paths outside the folder of the file."})
+    max_patches: int | None = field(
+        default=None, metadata={"help": "Tiles per image at most; the checkpoint's own value (12) if not given."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, ...; the checkpoint's own if auto."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
+
+
+@dataclass(kw_only=True)
+class ScoreArguments(AskArguments):
     """What is asked, how, and where the results go."""
 
     model: list[str] = field(metadata={"help": "Folders or Hub names of one or more checkpoints."})
-    data: str = field(metadata={"help": "Records: .jsonl, .json, a folder, or a Hub data set."})
     output_dir: str = field(
         default="out/scores", metadata={"help": "Folder of the predictions, scores.json, scores.csv and scores.png."}
     )
@@ -62,14 +87,6 @@ class ScoreArguments:
         default=None,
         metadata={"help": "Another checkpoint that each of `--model` is compared with, on the same samples."},
     )
-    metric: str = field(
-        default="exact",
-        metadata={
-            "help": "exact: what is written after the last '### ' is, letter by letter, the record's answer. Else "
-            "FILE:RESULT, a metric in the form of `evaluate` and the name of its result, as "
-            "metrics/answer_accuracy.py:numeric_match."
-        },
-    )
     choices_by: str = field(
         default="generation",
         metadata={
@@ -79,28 +96,15 @@ class ScoreArguments:
         },
     )
     batch_size: int = field(default=16, metadata={"help": "Samples at a time on one rank."})
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Longest answer in tokens; the data's longest steps and answer if not given."}
-    )
     predict_only: bool = field(
         default=False, metadata={"help": "Answer without scoring: no accuracy, no comparison, no picture."}
     )
     predictions_to: str | None = field(
         default=None, metadata={"help": "JSON file in A-OKVQA's form that the predictions of one budget are added to."}
     )
-    column_mapping: str | None = field(
-        default=None, metadata={"help": 'JSON object from field to column name, as {"steps": "rationale"}.'}
-    )
-    split: str = field(default="validation", metadata={"help": "Split of a folder or Hub data set."})
-    allow_outside: bool = field(default=False, metadata={"help": "Allow image paths outside the folder of the file."})
-    max_patches: int | None = field(
-        default=None, metadata={"help": "Tiles per image at most; the checkpoint's own value (12) if not given."}
-    )
-    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, ...; the checkpoint's own if auto."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa or flash_attention_2; transformers' choice if not given."}
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
 
     def __post_init__(self):
         for budget in self.num_thoughts or []:
@@ -125,18 +129,6 @@ class ScoreArguments:
                 "`--predictions_to` holds the answers of one checkpoint at one budget, but more are asked. Give one "
                 "`--model` and at most one of `--num_thoughts`, without `--compare`."
             )
-
-
-def parse(arguments: Sequence[str]) -> ScoreArguments:
-    """Settings from a YAML or JSON file, if the first argument is one, and from flags, which win."""
-    parser = HfArgumentParser(
-        ScoreArguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    arguments = list(arguments)
-    if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
-        from_file = read_settings(arguments.pop(0))
-        arguments = [word for words in from_file.values() for word in words] + arguments
-    return parser.parse_args_into_dataclasses(args=arguments)[0]
 
 
 # --- what is asked -----------------------------------------------------------------------------------------------
@@ -585,7 +577,7 @@ def write_submission(records, predictions, path: str | Path):
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Scores as the flags say; returns the rows of the table (on the main process)."""
-    arguments = parse(sys.argv[1:] if arguments is None else arguments)
+    arguments = parse_settings(ScoreArguments, __doc__, sys.argv[1:] if arguments is None else arguments)
     # Without a GPU it must be told, or accelerate takes the processes of torchrun for runs of their own.
     state = PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())
     records = load_records(

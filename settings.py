@@ -1,9 +1,12 @@
 """Settings files of the commands: the names of their flags, in YAML or JSON."""
 
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from transformers import HfArgumentParser
 
 
 def read_settings(path: str | Path) -> dict[str, list[str]]:
@@ -26,3 +29,13 @@ def read_settings(path: str | Path) -> dict[str, list[str]]:
         if value is not None:
             words[name] = [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in values)]
     return words
+
+
+def parse_settings(kind: type, description: str, arguments: Sequence[str]):
+    """A dataclass of this kind from a settings file, if the first argument is one, and from flags, which win."""
+    parser = HfArgumentParser(kind, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = list(arguments)
+    if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
+        from_file = read_settings(arguments.pop(0))
+        arguments = [word for words in from_file.values() for word in words] + arguments
+    return parser.parse_args_into_dataclasses(args=arguments)[0]

@@ -18,6 +18,8 @@ from multicoco.data_multicoco import CurriculumArguments, ReasoningCollator, Sta
 from multicoco.intervals import mcnemar, paired_bootstrap, wilson_interval
 from multicoco.recipes.trails.prepare import COLOURS, prepare
 from multicoco.recipes.trails.start_model import make_start_model
+from multicoco.score import ScoreArguments
+from multicoco.settings import parse_settings
 
 
 ROOT = Path(score.__file__).parent
@@ -377,7 +379,7 @@ def test_flags_win_over_the_file(tmp_path, name):
     settings |= {"use_cpu": True, "column_mapping": {"steps": "rationale"}}
     text = json.dumps(settings) if name.endswith(".json") else yaml.safe_dump(settings)
     (tmp_path / name).write_text(text)
-    arguments = score.parse([str(tmp_path / name), "--num_thoughts", "1", "--batch_size=9"])
+    arguments = parse_settings(ScoreArguments, "", [str(tmp_path / name), "--num_thoughts", "1", "--batch_size=9"])
     assert (arguments.model, arguments.num_thoughts, arguments.batch_size) == (["a", "b"], [1], 9)
     assert (arguments.use_cpu, arguments.compare) == (True, None)
     assert json.loads(arguments.column_mapping) == {"steps": "rationale"}
@@ -418,7 +420,7 @@ def test_missing_checkpoints_and_settings_are_named(folder, tmp_path):
         score.main(run_flags(folder, tmp_path, models=["thinks", "nowhere"]))
     assert not list(tmp_path.iterdir())  # nor was the first one asked
     with pytest.raises(ValueError, match="settings.yaml` does not exist"):
-        score.parse([str(tmp_path / "settings.yaml")])
+        parse_settings(ScoreArguments, "", [str(tmp_path / "settings.yaml")])
 
 
 @pytest.mark.parametrize(
