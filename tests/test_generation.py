@@ -138,6 +138,14 @@ def test_greedy_batch_equals_the_plain_definition(model, prompts, cache, attn_im
     assert len({tuple(row) for row in expected}) == len(expected)  # else one answer for all would pass
 
 
+def test_rescaled_thoughts_equal_the_plain_definition(model, prompts, monkeypatch):
+    plain = expected_greedy(model, prompts)
+    monkeypatch.setattr(model.config, "thought_feedback", "rms_match")
+    expected = expected_greedy(model, prompts)
+    assert new_tokens(model, inputs_of(prompts))[0] == expected
+    assert expected != plain
+
+
 def test_thoughts_and_images_decide_the_tokens(shared_model, prompts):
     """Else equal tokens would say nothing about either."""
     inputs = inputs_of(prompts)

@@ -4,9 +4,10 @@
     python recipes/trails/beyond.py --variants plain linear --seeds 0 --num_train_epochs 2    # what else it is given
                                                                                               # goes to train.py
 
-Boards of 6 x 6 cells. Questions to train on follow up to 8 arrows, questions to answer up to 10. For each seed one
-model learns to write the steps (`cot.yaml`); from it every variant of `beyond.yaml` replaces the first 3 steps by
-thoughts, and is asked with those of 0 to 5 steps. A command that was interrupted goes on with what is missing.
+Boards of 6 x 6 cells. Questions to train on follow up to 8 arrows, questions to answer up to 10. One model learns to
+write the steps (`cot.yaml`). From it, as one fine-tunes a checkpoint, every variant of `beyond.yaml` replaces the first
+3 steps by thoughts, and is asked with those of 0 to 5 steps; a seed is that of the order of boards and of the drawn
+stages. A command that was interrupted goes on with what is missing.
 """
 
 import argparse
@@ -37,12 +38,12 @@ VARIANTS = {  # the change against beyond.yaml
     "rms_match": ["--thought_feedback", "rms_match"],
 }
 COT = "cot"
-COT_FLAGS = ["--num_train_epochs", "8", "--lr_scheduler_kwargs", json.dumps({"num_decay_steps": 500})]
+COT_FLAGS = ["--num_train_epochs", "10", "--lr_scheduler_kwargs", json.dumps({"num_decay_steps": 500})]
 
 
 def training(variant, seed, data, output_dir, settings) -> Run:
     """From written reasoning to thoughts, or, for `cot`, from random weights to written reasoning."""
-    start = f"start-{seed}" if variant == COT else f"{COT}-{seed}"
+    start = "start" if variant == COT else f"{COT}-0"
     flags = [str(ROOT / "recipes" / "trails" / f"{'cot' if variant == COT else 'beyond'}.yaml")]
     flags += ["--train_file", f"{data}/train.jsonl", "--eval_file", f"{data}/val.jsonl", "--answer_every", "end"]
     flags += ["--model_name_or_path", str(output_dir / start), "--seed", str(seed)]
@@ -153,12 +154,10 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, float]]
     prepare(
         args.data, args.num_train, args.num_val, size=SIZE, max_arrows=MAX_ARROWS, max_train_arrows=MAX_TRAIN_ARROWS
     )
-    for seed in args.seeds:
-        start = args.output_dir / f"start-{seed}"
-        if not (start / "model.safetensors").is_file():
-            make_start_model(start, SIZE, MAX_ARROWS, seed)
+    if not (args.output_dir / "start" / "model.safetensors").is_file():
+        make_start_model(args.output_dir / "start", SIZE, MAX_ARROWS)
     pairs = [(variant, seed) for seed in args.seeds for variant in args.variants]
-    written = [(COT, seed) for seed in args.seeds]
+    written = [(COT, 0)]
     for wave, name in ((written, "written reasoning"), (pairs, "thoughts")):
         run_all([training(*pair, args.data, args.output_dir, settings) for pair in wave], args.jobs, name)
     run_all([scoring(*pair, args.data, args.output_dir) for pair in written + pairs], args.jobs, "answers")
@@ -166,7 +165,10 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, float]]
     records = load_records(f"{args.data}/val.jsonl")
     arrows = np.array([len(record["steps"]) for record in records])
     answers = {
-        variant: [read_answers(args.output_dir / "scores" / f"{variant}-{seed}", records) for seed in args.seeds]
+        variant: [
+            read_answers(args.output_dir / "scores" / f"{variant}-{seed}", records)
+            for seed in ([0] if variant == COT else args.seeds)
+        ]
         for variant in (COT, *args.variants)
     }
     results = {variant: [columns(right, arrows) for right in seeds] for variant, seeds in answers.items()}
