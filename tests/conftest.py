@@ -13,6 +13,7 @@ import torch  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens  # noqa: E402
+from multicoco.recipes.trails.start_model import make_start_model  # noqa: E402
 
 
 logging.disable_progress_bar()
@@ -37,6 +38,14 @@ def shared_model(processor):
         rows = [model.config.start_latent_id, model.config.latent_token_id, model.config.end_latent_id]
         weight.data[rows] = 0.5 * torch.randn(3, weight.shape[1], generator=generator, dtype=weight.dtype)
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def trails_start(tmp_path_factory):
+    """Folder of the model that the Trails recipe starts from; not to be written to."""
+    folder = tmp_path_factory.mktemp("trails") / "start"
+    make_start_model(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor
 from multicoco.data_multicoco import CurriculumArguments, ReasoningCollator, StageDataset, load_records
 from multicoco.recipes.trails.prepare import prepare
-from multicoco.recipes.trails.start_model import make_start_model
 from multicoco.trainer_callbacks import (
     AnswerCallback,
     CompletionCallback,
@@ -25,15 +24,8 @@ CURRICULUM = {"c_thought": 1, "max_latent_stage": 2, "final_stage": False, "epoc
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("start")
-    make_start_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trails_processor(start):
-    return MultiCoCoProcessor.from_pretrained(start)
+def trails_processor(trails_start):
+    return MultiCoCoProcessor.from_pretrained(trails_start)
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +54,13 @@ class Spy(TrainerCallback):
 
 
 @pytest.fixture
-def run(start, data, trails_processor, tmp_path):
+def run(trails_start, data, trails_processor, tmp_path):
     """Trains on the 20 boards; returns the trainer and its spy."""
 
     def train(resume=None, callbacks=None, settings=None, **curriculum):
         curriculum = CurriculumArguments(**{**CURRICULUM, **curriculum})
         dataset = StageDataset(data["train"], trails_processor, curriculum, seed=1)
-        model = MultiCoCoForConditionalGeneration.from_pretrained(start)
+        model = MultiCoCoForConditionalGeneration.from_pretrained(trails_start)
         spy = Spy(model, model.config.latent_token_id)
         values = {
             "output_dir": str(tmp_path / "out"),

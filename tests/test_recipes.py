@@ -22,7 +22,6 @@ from multicoco.recipes.llava_cot import prepare as llava_cot
 from multicoco.recipes.m3cot import prepare as m3cot
 from multicoco.recipes.scienceqa import prepare as scienceqa
 from multicoco.recipes.text_json import prepare as text_json
-from multicoco.recipes.trails.start_model import make_start_model
 
 
 NUM_ROWS = 12
@@ -282,15 +281,8 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("start")
-    make_start_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bytes_processor(start):
-    return MultiCoCoProcessor.from_pretrained(start)
+def bytes_processor(trails_start):
+    return MultiCoCoProcessor.from_pretrained(trails_start)
 
 
 def read(folder, split):
@@ -331,7 +323,7 @@ def test_every_split_loads_and_composes_at_every_stage(prepared, bytes_processor
 
 
 @pytest.mark.parametrize("name", ["aokvqa", "m3cot", "scienceqa", "llava_cot", "text_json"])
-def test_the_recipes_settings_train_through_two_stages_and_score(prepared, start, tmp_path, name):
+def test_the_recipes_settings_train_through_two_stages_and_score(prepared, trails_start, tmp_path, name):
     """The recipe's own YAML, with the tiny model, its files and few steps in place of what it names."""
     folder, _ = prepared(name)
     settings = yaml.safe_load((common.Path(common.__file__).parent / name / "coconut.yaml").read_text())
@@ -341,7 +333,7 @@ def test_the_recipes_settings_train_through_two_stages_and_score(prepared, start
     rows = [row | {"images": [str(folder / image) for image in row["images"]]} for row in read(folder, "train")[:4]]
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings |= {
-        "model_name_or_path": str(start),
+        "model_name_or_path": str(trails_start),
         "train_file": str(tmp_path / "few.jsonl"),
         "allow_outside": True,
         "output_dir": str(tmp_path / "out"),
@@ -699,8 +691,8 @@ def test_limits_count_the_longest_rationale(bytes_processor):
 
 
 @pytest.mark.parametrize("bad", [0, 1], ids=["first", "last"])
-def test_every_rationale_must_tokenize_in_pieces_as_in_one(start, bad):
-    processor = MultiCoCoProcessor.from_pretrained(start)
+def test_every_rationale_must_tokenize_in_pieces_as_in_one(trails_start, bad):
+    processor = MultiCoCoProcessor.from_pretrained(trails_start)
     processor.tokenizer.add_tokens([AddedToken("<note>", lstrip=True, normalized=False)])  # eats the line break before
     rationales = [["go up", "then left"], ["go on", "and stop"]]
     stage_dataset(processor, [asked(rationales=rationales)])

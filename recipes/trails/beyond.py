@@ -5,14 +5,13 @@
                                                                                               # goes to train.py
 
 Boards of 6 x 6 cells. Questions to train on follow up to 8 arrows, questions to answer up to 10. One model learns to
-write the steps (`cot.yaml`). From it, as one fine-tunes a checkpoint, every variant of `beyond.yaml` replaces the first
-3 steps by thoughts, and is asked with those of 0 to 5 steps; a seed is that of the order of boards and of the drawn
-stages. A command that was interrupted goes on with what is missing.
+write the steps (`cot.yaml`). From it, as one fine-tunes a checkpoint, every variant of `beyond.yaml` replaces the
+first 3 steps by thoughts, and is asked with those of 0 to 5 steps; a seed is that of the order of boards and of the
+drawn stages. A command that was interrupted goes on with what is missing.
 """
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from multicoco.data_multicoco import load_records
 from multicoco.intervals import mean_interval
 from multicoco.recipes.trails.prepare import prepare
-from multicoco.recipes.trails.runs import ROOT, Run, markdown, run_all
+from multicoco.recipes.trails.runs import ROOT, Run, add_flags, markdown, run_all
 from multicoco.recipes.trails.start_model import make_start_model
 
 
@@ -144,12 +143,10 @@ def draw(answers, arrows, path: Path):
 def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, float]]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/beyond", help="Folder of the boards; made if it is not there.")
-    parser.add_argument("--output_dir", type=Path, default=Path("out/beyond"), help="Folder of all runs.")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="Default: all.")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Seeds (default: 0 1 2).")
     parser.add_argument("--num_train", type=int, default=16000, help="Boards to train on.")
     parser.add_argument("--num_val", type=int, default=1024, help="Boards to answer.")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Commands at a time (default: the cores).")
+    add_flags(parser, "out/beyond")
     args, settings = parser.parse_known_args(arguments)
     prepare(
         args.data, args.num_train, args.num_val, size=SIZE, max_arrows=MAX_ARROWS, max_train_arrows=MAX_TRAIN_ARROWS

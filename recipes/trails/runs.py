@@ -1,5 +1,6 @@
 """Many trainings and measurements side by side, each a command of its own: what truth.py and beyond.py share."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -29,6 +30,13 @@ class Run:
     output_dir: Path
     script: str
     flags: Sequence[str]
+
+
+def add_flags(parser: argparse.ArgumentParser, output_dir: str):
+    """What every such command takes beside its own flags."""
+    parser.add_argument("--output_dir", type=Path, default=Path(output_dir), help="Folder of all runs.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Seeds (default: 0 1 2).")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Commands at a time (default: the cores).")
 
 
 def run_all(runs: Sequence[Run], jobs: int, description: str):

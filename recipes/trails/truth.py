@@ -10,7 +10,6 @@ A command that was interrupted goes on with what is missing.
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from matplotlib.ticker import PercentFormatter
 
 from multicoco.intervals import mean_interval
 from multicoco.recipes.trails.prepare import COLOURS
-from multicoco.recipes.trails.runs import ROOT, Run, markdown, run_all
+from multicoco.recipes.trails.runs import ROOT, Run, add_flags, markdown, run_all
 from multicoco.recipes.trails.start_model import make_start_model
 
 
@@ -163,11 +162,9 @@ def _has(rows, mode) -> bool:
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/trails", help="Folder that prepare.py made (default: data/trails).")
-    parser.add_argument("--output_dir", type=Path, default=Path("out/truth"), help="Folder of all runs.")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="Modes (default: all).")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Seeds (default: 0 1 2).")
     parser.add_argument("--samples", type=int, default=1000, help="Boards of a diagnosis (default: 1000).")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Commands at a time (default: the cores).")
+    add_flags(parser, "out/truth")
     args, settings = parser.parse_known_args(arguments)
     for seed in args.seeds:
         if not (args.output_dir / f"start-{seed}" / "model.safetensors").is_file():
