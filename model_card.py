@@ -61,6 +61,7 @@ model = MultiCoCoForConditionalGeneration.from_pretrained("{base}", dtype="auto"
 add_thought_tokens(model, processor.tokenizer{init_from})
 model = PeftModel.from_pretrained(model, "{model_id}").merge_and_unload()
 model.config.num_thoughts = processor.num_thoughts = {num_thoughts}
+model.config.thought_feedback = "{thought_feedback}"
 ```"""
 
 
@@ -219,6 +220,7 @@ def _facts(config: MultiCoCoConfig, settings: Mapping[str, Any]) -> list[tuple[s
         ("stage reached", f"{config.stage} (of {config.max_latent_stage} that replace a step each)"),
         ("thoughts at inference", _thoughts(config.num_thoughts)),
         ("thoughts for each written step", config.c_thought),
+        ("how a state becomes a thought", f"`{config.thought_feedback}`"),
     ]
     shown = ("mix", "samples", "epochs", "optimizer_steps", "global_batch_size", "learning_rate", "bf16", "seed")
     rows += [(name.replace("_", " "), settings[name]) for name in (*shown, "lora_rank") if settings.get(name)]
@@ -324,6 +326,7 @@ def _use(model_id, base, config, settings, is_adapter) -> str:
         base=base if _is_hub_name(base) else "the base model",
         init_from=f", {init_from!r}" if init_from else "",
         num_thoughts=config.num_thoughts,
+        thought_feedback=config.thought_feedback,
     )
 
 

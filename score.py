@@ -236,7 +236,7 @@ class Subject:
         batch = self.collator.prompts([self.dataset.prompt(index, stage) for index in indices])
         length = batch["input_ids"].shape[1]
         batch = _to(batch, self.device)
-        output = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False)
+        output = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
         return self.read_answers(output[:, length:])
 
     def read_answers(self, tokens: torch.Tensor) -> list[dict[str, Any]]:

@@ -186,7 +186,8 @@ class AnswerCallback(TrainerCallback):
         rank = dist.get_rank() if dist.is_initialized() else 0
         share = -(-len(self.dataset) // world)  # the same for all ranks; surplus places repeat and are not counted
         indices = list(range(rank, len(self.dataset), world))
-        generate_kwargs = {"max_new_tokens": self.dataset.max_new_tokens(), **self.generate_kwargs}
+        generate_kwargs = {"max_new_tokens": self.dataset.max_new_tokens(), "do_sample": False, "num_beams": 1}
+        generate_kwargs |= self.generate_kwargs
         was_training = model.training
         model.eval()
         totals = torch.zeros(3, dtype=torch.long)  # correct, tokens, samples

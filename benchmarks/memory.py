@@ -1,6 +1,6 @@
 r"""Memory of a training step: by the formula of `multicoco.memory`, beside what a step on CPU really takes.
 
-    python benchmarks/memory.py             # estimate, measured, ratio; tiny models, about a minute on 2 idle cores
+    python benchmarks/memory.py             # estimate, measured, ratio; tiny models; half a minute on 2 idle cores
     python benchmarks/memory.py --table     # by formula: InternVL3 1B to 78B on 1, 8 and 64 GPUs, as Markdown
 
 A measured step is that of `train.py`: the model as its `load_model` makes it, forward, backward, AdamW's update. The

@@ -34,6 +34,7 @@ def train_adapters(folder, name, *flags):
         "per_device_train_batch_size": 4,
         "learning_rate": 2e-3,
         "lora_rank": 2,
+        "thought_feedback": "rms_match",
         "train_sampling_strategy": "group_by_length",
         "logging_steps": 1,
         "save_strategy": "steps",
@@ -147,6 +148,7 @@ def test_the_merged_checkpoint_has_the_logits_of_the_adapters(folder, trainer, i
         assert (logits_of(trainer.model, inputs) - expected).abs().max() > 1e-2  # they had learned something
     config = MultiCoCoConfig.from_pretrained(folder / "merged")
     assert (config.mode, config.stage, config.num_thoughts, config.max_latent_stage) == ("coconut", 2, 2, 2)
+    assert config.thought_feedback == "rms_match"
     assert MultiCoCoProcessor.from_pretrained(folder / "merged").num_thoughts == 2
 
 
