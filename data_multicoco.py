@@ -165,7 +165,8 @@ def draw_stage(curriculum: CurriculumArguments, stage: int, num_steps: int, key:
     if generator.random() >= curriculum.mix_prob:
         return stage
     if curriculum.mix == "uniform":
-        return int(generator.integers(num_steps + 1))
+        most = num_steps if curriculum.final_stage else min(num_steps, curriculum.max_latent_stage)
+        return int(generator.integers(most + 1))  # beyond `max_latent_stage` is the form of the final stage
     weights = np.arange(1, stage + 2)
     return int(generator.choice(stage + 1, p=weights / weights.sum()))
 

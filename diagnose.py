@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from multicoco.data_multicoco import load_records
-from multicoco.diagnose_page import FOLLOWING, draw_attention, p_value, page, percent, points
+from multicoco.diagnose_page import FOLLOWING, WITHOUT_DONOR, draw_attention, p_value, page, percent, points
 from multicoco.interventions import Diagnosis, Scores, examine, summarise
 from multicoco.score import AskArguments, ScoreArguments, check_records, load_metric
 from multicoco.settings import parse_settings
@@ -117,8 +117,8 @@ def show(report: Mapping[str, Any]):
     if found := report.get("thoughts"):
         print(f"\nThe thoughts are {found['verdict']}.")
         for name, row in found["following"].items():
-            rates = percent(row["donor"]["rate"]), percent(row["decoy"]["rate"])
-            print(f"Under {FOLLOWING[name]}, answers follow the donor in {rates[0]} (decoy: {rates[1]}).")
+            donor, decoy = percent(row["donor"]["rate"]), percent(row["decoy"]["rate"])
+            print(f"Under {FOLLOWING[name]}, the answer is the donor's in {donor} ({WITHOUT_DONOR[name]}: {decoy}).")
 
 
 if __name__ == "__main__":

@@ -155,8 +155,8 @@ def loss_rows(experiments: Mapping[str, Any], names: Mapping[str, str]) -> list[
 LOSS_HEAD = ("", "accuracy", "answers flipped", "intact minus this, points [95 %]", "", "McNemar's p", "samples")
 
 
-def draw_attention(diagnosis: Diagnosis, attention: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """For each drawn sample its picture as data URIs: plain, then under the attention of each query."""
+def draw_attention(diagnosis: Diagnosis, attention: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """For each drawn sample its question, and its picture as data URIs: plain, then under each query's attention."""
     drawn = []
     for row, sample in enumerate(attention[: diagnosis.arguments.num_drawn]):
         if not sample["picture"]:
@@ -173,7 +173,7 @@ def draw_attention(diagnosis: Diagnosis, attention: Sequence[Mapping[str, Any]])
             mask = mask.resize(image.size, Image.Resampling.NEAREST)
             dark = Image.eval(image, lambda value: value // 5)
             pictures.append(_data_uri(Image.composite(image, dark, mask)))
-        drawn.append(pictures)
+        drawn.append((diagnosis.records[row]["question"], pictures))
     return drawn
 
 
@@ -183,14 +183,25 @@ def _data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-FOLLOWING = {"own_picture": "the own picture", "donors_picture": "the donor's picture"}
+FOLLOWING = {
+    "own_picture": "the own picture",
+    "same_answer": "the own picture (of samples with a donor of each kind)",
+    "donors_picture": "the donor's picture",
+}
+WITHOUT_DONOR = {
+    "own_picture": "a decoy's",
+    "same_answer": "donor's, with the thoughts of a sample that had the own answer",
+    "donors_picture": "donor's, with a decoy's thoughts",
+}
 
 
 def verdict_section(report: Mapping[str, Any]) -> str:
     found = report.get("thoughts")
     parts = []
     if found is None:
-        parts.append("<p class=verdict>No thoughts: this checkpoint answers without them.</p>")
+        trained = report["model"]["trained_thoughts"]
+        words = f"It was asked without the {trained} thoughts of its training" if trained else "It has no thoughts"
+        parts.append(f"<p class=verdict>{words}.</p>")
     else:
         kind = "used" if found["verdict"] == USED else "unshown"
         parts.append(f"<p class='verdict {kind}'>The thoughts are {found['verdict']}.</p>")
@@ -198,7 +209,7 @@ def verdict_section(report: Mapping[str, Any]) -> str:
         harm = f"accuracy falls when all thoughts are replaced by {harm}" if harm else "no replacement costs accuracy"
         follows = "; ".join(
             f"under {FOLLOWING[name]} in <b>{percent(row['donor']['rate'])}</b> of {row['donor']['samples']} cases "
-            f"(decoy: {percent(row['decoy']['rate'])})"
+            f"({WITHOUT_DONOR[name]}: {percent(row['decoy']['rate'])})"
             for name, row in found["following"].items()
         )
         parts.append(
@@ -229,10 +240,12 @@ def rule(num_tests: int) -> str:
     return (
         f"<details class=soft><summary>The rule</summary><p>The verdicts of this page rest on {num_tests} tests. A "
         f"test holds if the paired bootstrap interval at the level 1 - {ALPHA} / {num_tests} lies above 0 and "
-        f"McNemar's exact p is below {ALPHA} / {num_tests}.</p><p>Thoughts are “{USED}” if at least one of "
+        f"McNemar's exact p (for shares of a point: the sign test's) is below {ALPHA} / {num_tests}.</p>"
+        f"<p>Thoughts are “{USED}” if at least one of "
         f"{len(KINDS)} kinds of damage to all of them costs accuracy <i>and</i> answers follow the donor of the "
         "thoughts: under the own picture more often than they agree with a decoy, a sample drawn in the same way "
-        "whose thoughts are not fed; or under the donor's picture more often than with the decoy's thoughts. A single "
+        "whose thoughts are not fed, or more often than with the thoughts of a sample that had the own answer; or "
+        "under the donor's picture more often than with the decoy's thoughts. A single "
         "thought is, if besides accuracy falls when, after the loop, it alone is replaced by the mean or by the "
         "donor's.</p><p>The picture is, if a grey or another one costs accuracy. What thoughts took from it is, if "
         "with the right or the wrong picture for the answer, thoughts of the right one give more right answers than "
@@ -298,8 +311,8 @@ def swap_section(report: Mapping[str, Any]) -> str:
     }
     rows = []
     for name, row in found["following"].items():
-        words = "a decoy's" if name == "own_picture" else "donor's, with a decoy's thoughts"
-        shares |= {f"donor's; {FOLLOWING[name]}": row["donor"], f"{words}; {FOLLOWING[name]}": row["decoy"]}
+        shares |= {f"donor's; {FOLLOWING[name]}": row["donor"]}
+        shares |= {f"{WITHOUT_DONOR[name]}; {FOLLOWING[name]}": row["decoy"]}
         rows.append([FOLLOWING[name], points(row["test"]), span(row["test"]), p_value(row["test"])])
     answers = [
         [label, percent(value["rate"]), f"{percent(value['low'])} - {percent(value['high'])}", str(value["samples"])]
@@ -411,7 +424,7 @@ def geometry_section(report: Mapping[str, Any]) -> str:
     return section("Geometry", *parts)
 
 
-def attention_section(report: Mapping[str, Any], pictures: Sequence[Sequence[str]]) -> str:
+def attention_section(report: Mapping[str, Any], pictures: Sequence[tuple[str, Sequence[str]]]) -> str:
     found = report["attention"]
     count = len(found["shares"]) - 1
     labels = [f"makes thought {index + 1}" for index in range(count)] + ["writes the answer's first token"]
@@ -422,13 +435,12 @@ def attention_section(report: Mapping[str, Any], pictures: Sequence[Sequence[str
         table(("position that", "picture", "question and other text", "thoughts"), rows),
     ]
     captions = ["picture", *(f"makes thought {index + 1}" for index in range(count)), "writes the answer"]
-    for sample, uris in enumerate(pictures):
-        question = text(report["examples"][sample]["question"]) if sample < len(report["examples"]) else ""
+    for question, uris in pictures:
         figures = [
             f'<figure><img src="{uri}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
             for uri, caption in zip(uris, captions, strict=True)
         ]
-        parts.append(f"<p class=said>{question}</p><div class=pictures>{''.join(figures)}</div>")
+        parts.append(f"<p class=said>{text(question)}</p><div class=pictures>{''.join(figures)}</div>")
     return section("Attention", *parts)
 
 
@@ -447,12 +459,14 @@ def example_section(report: Mapping[str, Any]) -> str:
     return section("Samples", *parts)
 
 
-def page(report: Mapping[str, Any], pictures: Sequence[Sequence[str]]) -> str:
+def page(report: Mapping[str, Any], pictures: Sequence[tuple[str, Sequence[str]]]) -> str:
     """The whole report as one HTML page that asks nothing of a network."""
     model = report["model"]
     parts = [verdict_section(report)]
+    if any(name.startswith("budget-") for name in report["experiments"]):
+        parts.append(budget_section(report))
     if "thoughts" in report:
-        parts += [budget_section(report), damage_section(report), swap_section(report)]
+        parts += [damage_section(report), swap_section(report)]
     if "picture" in report:
         parts.append(picture_section(report))
     if "thoughts" in report:

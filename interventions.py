@@ -228,7 +228,12 @@ class Diagnosis:
             if experiment.records and not path.with_suffix(".safetensors").is_file():
                 path.unlink(missing_ok=True)  # lines without their thoughts are of no use
                 recorded[experiment.name] = []
-            done[experiment.name] = read_predictions(path, {**self.settings, "experiment": asdict(experiment)})
+            header = {**self.settings, "experiment": asdict(experiment)}
+            done[experiment.name] = read_predictions(path, header)
+            if experiment.records and experiment.name not in recorded and len(done[experiment.name]) < count:
+                path.unlink()  # nor are thoughts without all their lines
+                path.with_suffix(".safetensors").unlink()
+                done[experiment.name], recorded[experiment.name] = read_predictions(path, header), []
         progress = tqdm(
             total=count * len(experiments), initial=sum(map(len, done.values())), desc=self.subject.name, unit="answer"
         )
@@ -360,7 +365,8 @@ class Diagnosis:
             changed &= self.donors["swap"] >= 0
         if "other" in (experiment.picture, (experiment.feed or "").removesuffix("-both")):
             changed &= self.picture_of >= 0
-        if experiment.picture != "own" or experiment.feed in ("grey-both", "other-both"):
+        of_picture = experiment.picture != "own" or experiment.answer_sees == "no_image"
+        if of_picture or experiment.feed in ("grey-both", "other-both"):
             changed &= np.array([bool(counts) for counts in self.tiles])
         return changed
 
@@ -417,11 +423,12 @@ def lens_hits(lens, steps, c_thought: int, index: int, seed: int) -> dict[str, d
     """
     step = index // c_thought
     rows = [row for row, firsts in enumerate(steps) if step < len(firsts)]
-    others = [rows[place] for place in np.roll(np.random.default_rng((seed, 2)).permutation(len(rows)), 1)]
+    order = np.random.default_rng((seed, 2)).permutation(rows).tolist()
+    others = dict(zip(order, order[1:] + order[:1], strict=True)) if len(rows) > 1 else {}  # a ring: none is its own
     return {
         "top1": {row: lens[row][index][0] == steps[row][step] for row in rows},
         "top5": {row: steps[row][step] in lens[row][index] for row in rows},
-        "chance": {row: lens[row][index][0] == steps[other][step] for row, other in zip(rows, others, strict=True)},
+        "chance": {row: lens[row][index][0] == steps[others[row]][step] for row in rows if others},
     }
 
 
@@ -447,7 +454,11 @@ def measure_geometry(diagnosis: Diagnosis, num_prompts: int = 64) -> dict[str, A
     is_image = ids == model.config.image_token_id
     norms = {"text": text[real & ~is_image & (ids != model.config.latent_token_id)].double().norm(dim=-1)}
     if any(diagnosis.tiles[row] for row in rows):
-        norms["image"] = diagnosis.encode(rows, "own").double().flatten(0, 1).norm(dim=-1)
+        size = diagnosis.arguments.batch_size
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        parts = [part for part in parts if any(diagnosis.tiles[row] for row in part)]
+        images = [diagnosis.encode(part, "own").double().flatten(0, 1).norm(dim=-1) for part in parts]
+        norms["image"] = torch.cat(images)
     norms |= {f"thought {index + 1}": thoughts[:, index].norm(dim=-1) for index in range(thoughts.shape[1])}
     units = thoughts / thoughts.norm(dim=-1, keepdim=True).clamp(min=1e-300)
     count = len(units)
@@ -532,7 +543,8 @@ def measure_attention(diagnosis: Diagnosis) -> list[dict[str, Any]]:
 def difference(first: Sequence[float], second: Sequence[float], num_tests: int = 1) -> dict[str, Any] | None:
     """
     `mean(first) - mean(second)` of paired scores: its 95 % interval, McNemar's exact p where all scores are 0 or 1,
-    and whether it is above 0 when `num_tests` are made: interval and p at the level `ALPHA / num_tests`.
+    and whether it is above 0 when `num_tests` are made: the interval, and the p of the sign test (which McNemar's is),
+    at the level `ALPHA / num_tests`. The interval alone would not do: that of a few samples is too short.
     """
     if not len(first):
         return None
@@ -540,15 +552,15 @@ def difference(first: Sequence[float], second: Sequence[float], num_tests: int =
     low, high = paired_bootstrap(first, second)
     corrected_low, _ = paired_bootstrap(first, second, 1 - ALPHA / num_tests)
     is_binary = bool(np.isin(np.concatenate([first, second]), (0, 1)).all())
-    p = mcnemar(first == 1, second == 1) if is_binary else None
+    sign = mcnemar(first > second, first < second)
     return {
         "samples": len(first),
         "difference": float(first.mean() - second.mean()),
         "low": low,
         "high": high,
-        "mcnemar_p": p,
+        "mcnemar_p": sign if is_binary else None,
         "num_tests": num_tests,
-        "above_0": corrected_low > 0 and (p is None or p < ALPHA / num_tests),
+        "above_0": corrected_low > 0 and sign < ALPHA / num_tests,
     }
 
 
@@ -570,11 +582,15 @@ class Scores:
     def __init__(self, diagnosis: Diagnosis, metric):
         self.diagnosis = diagnosis
         self.predictions, self.scores, self.valid, self.new_tokens = {}, {}, {}, {}
+        known = {}
         for experiment in (*diagnosis.first, *diagnosis.second):
             name, lines = experiment.name, diagnosis.lines[experiment.name]
-            values = [
-                metric(record, line["prediction"]) for record, line in zip(diagnosis.records, lines, strict=True)
-            ]
+            values = []
+            for row, line in enumerate(lines):  # most experiments repeat an answer, and a metric may be slow
+                key = row, line["prediction"]
+                if key not in known:
+                    known[key] = metric(diagnosis.records[row], line["prediction"])
+                values.append(known[key])
             self.predictions[name] = np.array([line["prediction"] for line in lines], dtype=object)
             self.scores[name] = np.array([math.nan if value is None else value for value in values])
             self.new_tokens[name] = np.array([line["new_tokens"] for line in lines])
@@ -608,7 +624,7 @@ class Scores:
 def count_tests(num_thoughts: int | None, has_images: bool) -> int:
     """Tests that the verdicts of a page are made of: each holds at the level `ALPHA` / this number."""
     count = num_thoughts or 0
-    of_thoughts = len(KINDS) + 1 + 2 * count if count else 0  # damage, following, each thought by itself
+    of_thoughts = len(KINDS) + 2 + 2 * count if count else 0  # damage, following, each thought by itself
     of_pictures = 2 + (1 + 4 if count else 0)  # the picture; following under the donor's, through the thoughts
     return of_thoughts + (of_pictures if has_images else 0)
 
@@ -622,6 +638,8 @@ def judge_thoughts(scores: Scores, num_tests: int) -> dict[str, Any]:
     donor's thoughts, the answer is the donor's
 
     - more often than it is a decoy's, a sample drawn in the same way whose thoughts are not fed (own picture); or
+    - more often than with the thoughts of a sample that had the own answer (own picture): where there are only two
+      answers, a decoy's is always the donor's; or
     - more often than with the decoy's thoughts, both times under the donor's picture and the own question: thoughts
       that say *where* to look give the donor's answer only there.
 
@@ -634,6 +652,10 @@ def judge_thoughts(scores: Scores, num_tests: int) -> dict[str, Any]:
     donors, decoys = diagnosis.donors["swap"], diagnosis.donors["decoy"]
     rows = np.flatnonzero((donors >= 0) & (decoys >= 0))
     following = {"own_picture": ((swapped == answers[donors])[rows], (swapped == answers[decoys])[rows])}
+    rows = np.flatnonzero((donors >= 0) & (diagnosis.donors["swap_same"] >= 0))
+    following["same_answer"] = tuple(
+        (scores.predictions[f"{kind}-all"] == answers[donors])[rows] for kind in ("swap", "swap_same")
+    )
     if "swap-picture" in scores.scores:
         rows = np.flatnonzero(scores.valid["swap-picture"] & scores.valid["decoy-picture"])
         following["donors_picture"] = tuple(
@@ -700,7 +722,7 @@ def lens_table(diagnosis: Diagnosis, lens, steps, control: Diagnosis | None, con
             "top1": rate(top1),
             "top5": rate([float(hit) for hit in hits["top5"].values()]),
             "chance": rate(chance),
-            "above_chance": difference(top1, chance),
+            "above_chance": difference(top1, chance) if chance else None,
         }
         if control_lens is not None and index < control.num_thoughts:
             other = lens_hits(control_lens, first_tokens(control), control.subject.config.c_thought, index, seed)

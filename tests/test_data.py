@@ -224,6 +224,13 @@ def test_uniform_mixing_weighs_the_steps_of_the_record_equally():
     assert shares(draws(1, mix="uniform")) == pytest.approx([0.2] * 5, abs=0.03)
 
 
+def test_uniform_mixing_without_a_final_stage_never_takes_its_form():
+    """A stage beyond `max_latent_stage` is the final one's form: thoughts, and no written step."""
+    settings = {"mix": "uniform", "max_latent_stage": 2, "num_steps": 6}
+    assert shares(draws(1, **settings, final_stage=False)) == pytest.approx([1 / 3] * 3, abs=0.03)
+    assert max(draws(1, **settings)) == 6
+
+
 def test_mixing_probability_keeps_the_other_samples_as_scheduled():
     assert shares(draws(1, mix="linear", mix_prob=0.3))[0] == pytest.approx(0.3 / 3, abs=0.03)
     assert set(draws(2, count=50, mix="linear", mix_prob=0.0)) == {2}

@@ -28,13 +28,14 @@ COLOUR_OF = {cell_name(row, column): list(COLOURS)[(4 * row + column) % 8] for r
 FLAG, CELL, CARRIED, ANSWERED, MARKERS, OTHERS = 0, 8, 16, 24, 100, 104
 
 
-def plant(processor, reads: int | None, num_thoughts: int = NUM_THOUGHTS):
+def plant(processor, reads: int | None, num_thoughts: int = NUM_THOUGHTS, num_answers: int = 8):
     """
     A model, made by hand, that answers with the colour that belongs to the start cell's name (`COLOUR_OF`).
 
     One head looks at the cell's name from everywhere, so that every thought carries the colour. With `reads`, another
     head looks from the end of the block at the thought of this index, and only that is answered; with `None` the
-    answer comes from the cell itself and thoughts are ignored. All else (second layer, MLPs) adds nothing.
+    answer comes from the cell itself and thoughts are ignored. All else (second layer, MLPs) adds nothing. With two
+    answers, colours of even number are answered by the first, the others by the second.
     """
     model = make_model(processor, seed=0).eval()
     tokenizer, language_model = processor.tokenizer, model.model.language_model
@@ -66,7 +67,7 @@ def plant(processor, reads: int | None, num_thoughts: int = NUM_THOUGHTS):
         attention.q_proj.bias.data[2 * head : 3 * head] = 100 * torch.cat([distance.cos(), -distance.sin()])
         attention.k_proj.bias.data[head : head + 16] = 100
         attention.v_proj.weight.data[head + colours, CARRIED + colours] = 1
-        attention.o_proj.weight.data[ANSWERED + colours, 2 * head + colours] = 100
+        attention.o_proj.weight.data[ANSWERED + colours % num_answers, 2 * head + colours] = 100
     model.config.num_thoughts = num_thoughts
     return model
 
@@ -128,6 +129,22 @@ def reports(folder):
 
 
 # --- planted behaviour -------------------------------------------------------------------------------------------
+
+
+def test_thoughts_are_found_to_be_used_where_there_are_only_two_answers(folder, trails_processor, tmp_path):
+    """A decoy with another answer than the own one has the donor's: only donors of the own answer can tell."""
+    save(plant(trails_processor, 1, num_answers=2), trails_processor, folder / "two-answers")
+    lines = []
+    for line in (folder / "trails" / "cells.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        record["answer"] = list(COLOURS)[list(COLOURS).index(record["answer"]) % 2]
+        lines.append(json.dumps(record))
+    (folder / "trails" / "two.jsonl").write_text("\n".join(lines))
+    report = diagnose.main(flags(folder, "two-answers", tmp_path / "out", data="two"))
+    found = report["thoughts"]
+    assert found["following"]["own_picture"]["test"]["difference"] == 0
+    assert found["followed"] == ["same_answer"]
+    assert (found["verdict"], found["used_indices"]) == (interventions.USED, [1])
 
 
 def flip_rates(report, place):
@@ -441,6 +458,17 @@ def test_lens_hits_are_counted_on_the_step_that_a_thought_replaced():
     assert interventions.lens_hits(lens, steps, 1, 1, 0)["top1"] == {0: False}
     assert interventions.lens_hits(lens, steps, 2, 1, 0)["top1"] == {0: False, 1: False}
     assert interventions.lens_hits(lens, steps, 1, 2, 0)["top1"] == {}
+    assert interventions.lens_hits(lens, steps, 1, 1, 0)["chance"] == {}  # there is no other sample
+
+
+@pytest.mark.parametrize("count", [2, 3, 20])
+def test_chance_of_the_lens_is_never_a_samples_own_step(count):
+    lens, steps = [[[row]] for row in range(count)], [[row] for row in range(count)]
+    for seed in range(20):
+        hits = interventions.lens_hits(lens, steps, 1, 0, seed)
+        assert all(hits["top1"].values())
+        assert list(hits["chance"]) == list(hits["top1"])
+        assert not any(hits["chance"].values())
 
 
 def test_effective_rank_counts_directions():
@@ -516,7 +544,7 @@ def test_a_model_without_thoughts_gets_a_page_about_its_picture(folder, tmp_path
     assert set(report["experiments"]) == {"intact", "grey-both", "other-both"}
     assert "thoughts" not in report
     assert report["verdict_tests"]["number"] == 2
-    assert "answers without them" in (tmp_path / "out" / "report.html").read_text()
+    assert "It has no thoughts." in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser, google-chrome or chrome on the PATH")
@@ -610,3 +638,11 @@ def test_intervals_and_tests_of_differences():
     assert not interventions.difference([1.0] * 8 + [0.0] * 8, [0.0] * 16, num_tests=20)["above_0"]
     assert interventions.difference([], []) is None
     assert interventions.difference([0.5, 1.0], [0.0, 0.25])["mcnemar_p"] is None
+
+
+def test_a_few_shares_of_a_point_prove_nothing():
+    """The interval of two samples that both fall is above 0 at any level; they fall by chance once in four times."""
+    found = interventions.difference([1 / 3, 2 / 3], [0, 1 / 3], num_tests=24)
+    assert found["low"] > 0
+    assert not found["above_0"]
+    assert interventions.difference([2 / 3] * 20, [1 / 3] * 20, num_tests=24)["above_0"]

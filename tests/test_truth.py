@@ -1,12 +1,17 @@
 """The short form of `make truth` and `make beyond`: trainings and diagnoses of seconds, and what is read of them."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from multicoco.recipes.trails import beyond, runs, truth
 from multicoco.recipes.trails.prepare import prepare
+from multicoco.recipes.trails.start_model import make_start_model
 
 
 SHORT = ["--num_train_epochs", "1", "--warmup_steps", "1", "--lr_scheduler_type", "constant", "--use_cpu"]
@@ -52,7 +57,7 @@ def test_beyond_goes_from_words_to_thoughts_and_asks_for_more(tmp_path):
     command += ["--variants", "two_thoughts", "--seeds", "0", "--num_train", "16", "--num_val", "48", "--jobs", "2"]
     results = beyond.main(command + SHORT)
     assert set(results) == {"cot", "two_thoughts"}
-    assert set(results["two_thoughts"][0]) == {"0", "1", "2", "3", "4", "5", "9 arrows", "10 arrows"}
+    assert set(results["two_thoughts"][0]) == {"0", "1", "2", "3", "4", "9 arrows", "10 arrows"}
     assert set(results["cot"][0]) == {"0", "9 arrows", "10 arrows"}
     config = read(tmp_path / "beyond" / "two_thoughts-0" / "config.json")
     assert (config["c_thought"], config["stage"], config["num_thoughts"]) == (2, 1, 2)
@@ -76,28 +81,61 @@ def test_a_failed_command_is_told_with_its_reason_and_leaves_no_folder(tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+def test_what_was_made_with_other_settings_is_not_taken(tmp_path):
+    prepare(tmp_path / "data", num_train=0, num_val=2)
+    make_start_model(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data" / "val.jsonl")]
+    flags += ["--max_new_tokens", "1"]
+    run = runs.Run(tmp_path / "out", "score.py", flags)
+    runs.run_all([run], 1, "test")
+    made = (tmp_path / "out" / "scores.json").stat().st_mtime_ns
+    runs.run_all([run], 1, "test")
+    assert (tmp_path / "out" / "scores.json").stat().st_mtime_ns == made
+    with pytest.raises(ValueError, match="made with other settings"):
+        runs.run_all([runs.Run(tmp_path / "out", "score.py", [*flags, "--batch_size", "2"])], 1, "test")
+
+
+def test_an_interruption_ends_the_commands_and_starts_no_other(tmp_path):
+    """A training of hours must not go on by itself. Two commands that tell their process and then wait for ever."""
+    os.mkfifo(tmp_path / "told")
+    (tmp_path / "wait.py").write_text(
+        f"import os, signal\nopen({str(tmp_path / 'told')!r}, 'w').write(str(os.getpid()))\nsignal.pause()\n"
+    )
+    names = [str(tmp_path / name) for name in ("first", "second")]
+    program = "from multicoco.recipes.trails.runs import *; import sys\n"
+    program += f"run_all([Run(Path(name), {str(tmp_path / 'wait.py')!r}, []) for name in {names}], 1, 'test')"
+    process = subprocess.Popen([sys.executable, "-c", program])
+    with open(tmp_path / "told") as told:  # opens when the first command has begun
+        child = int(told.read())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    assert {path.name for path in tmp_path.iterdir()} == {"told", "wait.py", "first.log"}
+
+
 def test_answers_of_beyond_are_sorted_by_thoughts_and_by_arrows(tmp_path):
-    """Planted: right with up to 2 thoughts, and with 3 on questions of one arrow."""
+    """Planted: right with the thoughts of up to 1 step, and of 2 on questions of one arrow."""
     records = [{"steps": ["A1"] * count, "answer": "red"} for count in (1, 8, 9, 10)]
     (tmp_path / "predictions").mkdir()
-    for thoughts in (0, 2, 4, 6, 8, 10):  # two thoughts a step
-        right = [thoughts <= 4 or (thoughts == 6 and index == 0) for index in range(4)]
+    for thoughts in (0, 2, 4, 6, 8):  # two thoughts a step
+        right = [thoughts <= 2 or (thoughts == 4 and index == 0) for index in range(4)]
         lines = [{"num_thoughts": thoughts}]
         lines += [{"index": index, "prediction": "red" if hit else "blue"} for index, hit in enumerate(right)]
         text = "\n".join(map(json.dumps, lines))
         (tmp_path / "predictions" / f"x-{thoughts}-0.jsonl").write_text(text, encoding="utf-8")
     right = beyond.read_answers(tmp_path, records)
-    assert [right[asked].tolist() for asked in (2, 3, 4)] == [[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert [right[asked].tolist() for asked in (1, 2, 3)] == [[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
     found = beyond.columns(right, np.array([1, 8, 9, 10]))
-    assert found == {"0": 1, "1": 1, "2": 1, "3": 0.5, "4": 0, "5": 0, "9 arrows": 0, "10 arrows": 0}
+    assert found == {"0": 1, "1": 1, "2": 0.5, "3": 0, "4": 0, "9 arrows": 0, "10 arrows": 0}
 
 
 def test_table_of_beyond_pairs_seeds():
-    names = ("0", "1", "2", "3", "4", "5", "9 arrows", "10 arrows")
+    names = ("0", "1", "2", "3", "4", "9 arrows", "10 arrows")
     plain = [dict.fromkeys(names, rate) for rate in (0.2, 0.5, 0.8)]
     better = [dict.fromkeys(names, rate) for rate in (0.3, 0.6, 0.9)]  # 10 points in each seed
     line = beyond.table({"plain": plain, "linear": better}).splitlines()[-1]
-    assert line == "| linear | " + " | ".join(["60.0 (+10.0: +10.0 to +10.0)"] * 8) + " |"
+    assert line == "| linear | " + " | ".join(["60.0 (+10.0: +10.0 to +10.0)"] * 7) + " |"
 
 
 def test_truth_shows_seeds_and_what_a_mode_lacks():

@@ -1,13 +1,15 @@
 """What lies beyond the trained range, and which setting moves it: a harder Trails, every change with several seeds.
 
     python recipes/trails/beyond.py --seeds 0 1 2 --jobs 2
-    python recipes/trails/beyond.py --variants plain linear --seeds 0 --num_train_epochs 2    # what else it is given
-                                                                                              # goes to train.py
+    python recipes/trails/beyond.py --variants plain linear --seeds 0 --output_dir out/small --learning_rate 5e-4
+
+Flags that it does not know go to train.py.
 
 Boards of 6 x 6 cells. Questions to train on follow up to 8 arrows, questions to answer up to 10. One model learns to
-write the steps (`cot.yaml`). From it, as one fine-tunes a checkpoint, every variant of `beyond.yaml` replaces the
-first 3 steps by thoughts, and is asked with those of 0 to 5 steps; a seed is that of the order of boards and of the
-drawn stages. A command that was interrupted goes on with what is missing.
+write the steps (`cot.yaml`), in two runs: colours are learned only after the learning rate has come down once. From
+it, as one fine-tunes a checkpoint, every variant of `beyond.yaml` replaces the first 2 steps by thoughts, and is asked
+with those of 0 to 4 steps; a seed is that of the order of boards and of the drawn stages. A command that was
+interrupted goes on with what is missing.
 """
 
 import argparse
@@ -26,27 +28,30 @@ from multicoco.recipes.trails.runs import ROOT, Run, add_flags, markdown, run_al
 from multicoco.recipes.trails.start_model import make_start_model
 
 
-SIZE, MAX_ARROWS, MAX_TRAIN_ARROWS, MAX_STAGE = 6, 10, 8, 3
+SIZE, MAX_ARROWS, MAX_TRAIN_ARROWS, MAX_STAGE = 6, 10, 8, 2
 ASKED = range(MAX_STAGE + 3)  # steps that thoughts stand for: what was trained, and two more
 VARIANTS = {  # the change against beyond.yaml
     "plain": [],
     "linear": ["--mix", "linear"],
     "uniform": ["--mix", "uniform", "--mix_prob", "0.5"],
-    "longer": ["--epochs_per_stage", "2", "--num_train_epochs", "6"],
+    "longer": ["--epochs_per_stage", "2", "--num_train_epochs", "4"],
     "two_thoughts": ["--c_thought", "2"],
     "rms_match": ["--thought_feedback", "rms_match"],
 }
-COT = "cot"
-COT_FLAGS = ["--num_train_epochs", "10", "--lr_scheduler_kwargs", json.dumps({"num_decay_steps": 500})]
+ARROWS, COT = "arrows", "cot"  # the two runs of written reasoning; the second starts from the first
+EPOCHS = {ARROWS: "8", COT: "4"}
+DECAY = ["--lr_scheduler_kwargs", json.dumps({"num_decay_steps": 500})]
 
 
 def training(variant, seed, data, output_dir, settings) -> Run:
     """From written reasoning to thoughts, or, for `cot`, from random weights to written reasoning."""
-    start = "start" if variant == COT else f"{COT}-0"
-    flags = [str(ROOT / "recipes" / "trails" / f"{'cot' if variant == COT else 'beyond'}.yaml")]
+    start = {ARROWS: "start", COT: f"{ARROWS}-0"}.get(variant, f"{COT}-0")
+    writes = variant in EPOCHS
+    flags = [str(ROOT / "recipes" / "trails" / f"{'cot' if writes else 'beyond'}.yaml")]
     flags += ["--train_file", f"{data}/train.jsonl", "--eval_file", f"{data}/val.jsonl", "--answer_every", "end"]
     flags += ["--model_name_or_path", str(output_dir / start), "--seed", str(seed)]
-    flags += ["--per_device_train_batch_size", "64", *(COT_FLAGS if variant == COT else VARIANTS[variant]), *settings]
+    flags += ["--per_device_train_batch_size", "64", *settings]
+    flags[1:1] = ["--num_train_epochs", EPOCHS[variant], *DECAY] if writes else VARIANTS[variant]
     return Run(output_dir / f"{variant}-{seed}", "train.py", flags)
 
 
@@ -64,14 +69,20 @@ def _c_thought(variant: str) -> int:
 
 
 def read_answers(folder: Path, records: Sequence[dict]) -> dict[int, np.ndarray]:
-    """For each number of steps that were asked to be thought, whether each record was answered right."""
+    """
+    For each number of steps that were asked to be thought, whether each record was answered right.
+
+    Raises:
+        ValueError: the folder holds answers to other records.
+    """
     right = {}
     for path in (folder / "predictions").glob("*.jsonl"):
         header, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        hits = np.zeros(len(records))
-        for line in lines:
-            hits[line["index"]] = line["prediction"] == records[line["index"]]["answer"]
-        right[header["num_thoughts"] or 0] = hits
+        answers = {line["index"]: line["prediction"] for line in lines}
+        if set(answers) != set(range(len(records))) or (header["num_thoughts"] or 0) in right:
+            raise ValueError(f"{path} is not the one answer to each of {len(records)} records. Delete {folder}.")
+        hits = [answers[index] == record["answer"] for index, record in enumerate(records)]
+        right[header["num_thoughts"] or 0] = np.array(hits, dtype=float)
     return {asked: right[thoughts] for asked, thoughts in enumerate(sorted(right))}
 
 
@@ -154,10 +165,9 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, float]]
     if not (args.output_dir / "start" / "model.safetensors").is_file():
         make_start_model(args.output_dir / "start", SIZE, MAX_ARROWS)
     pairs = [(variant, seed) for seed in args.seeds for variant in args.variants]
-    written = [(COT, 0)]
-    for wave, name in ((written, "written reasoning"), (pairs, "thoughts")):
+    for wave, name in (([(ARROWS, 0)], "written reasoning"), ([(COT, 0)], "the same again"), (pairs, "thoughts")):
         run_all([training(*pair, args.data, args.output_dir, settings) for pair in wave], args.jobs, name)
-    run_all([scoring(*pair, args.data, args.output_dir) for pair in written + pairs], args.jobs, "answers")
+    run_all([scoring(*pair, args.data, args.output_dir) for pair in [(COT, 0), *pairs]], args.jobs, "answers")
 
     records = load_records(f"{args.data}/val.jsonl")
     arrows = np.array([len(record["steps"]) for record in records])

@@ -1,7 +1,9 @@
 """Many trainings and measurements side by side, each a command of its own: what truth.py and beyond.py share."""
 
 import argparse
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,21 +44,40 @@ def add_flags(parser: argparse.ArgumentParser, output_dir: str):
 def run_all(runs: Sequence[Run], jobs: int, description: str):
     """
     Runs what is not there yet, `jobs` commands at a time on one core each. A `.log` beside each folder has its output.
+    An interruption ends the commands that run.
 
     Raises:
+        ValueError: a folder is there, but was made with other settings.
         RuntimeError: a command failed; the others have been let finish.
     """
+    for run in runs:
+        found = run.output_dir / "run.json"
+        if found.is_file() and json.loads(found.read_text(encoding="utf-8")) != _settings(run):
+            raise ValueError(
+                f"`{run.output_dir}` was made with other settings: {found} is not {_settings(run)}. Give another "
+                "`--output_dir`, or delete the folder."
+            )
     todo = [run for run in runs if not run.output_dir.is_dir()]
+    live: set[subprocess.Popen] = set()
+    default = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the commands would outlive this one
     failed = []
     with (
         ThreadPoolExecutor(jobs) as pool,
         tqdm(total=len(runs), initial=len(runs) - len(todo), desc=description) as bar,
     ):
-        started = {pool.submit(_run, run): run for run in todo}
-        for future in as_completed(started):
-            if future.result():
-                failed.append(started[future])
-            bar.update()
+        started = {pool.submit(_run, run, live): run for run in todo}
+        try:
+            for future in as_completed(started):
+                if future.result():
+                    failed.append(started[future])
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in tuple(live):
+                process.terminate()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, default)
     if failed:
         log = _log(failed[0])
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
@@ -70,16 +91,24 @@ def _log(run: Run) -> Path:
     return run.output_dir.with_name(run.output_dir.name + ".log")
 
 
-def _run(run: Run) -> int:
+def _settings(run: Run) -> dict:
+    return {"script": run.script, "flags": list(run.flags)}
+
+
+def _run(run: Run, live: set[subprocess.Popen]) -> int:
     partial = run.output_dir.with_name(run.output_dir.name + ".partial")  # diagnose.py and score.py go on from there
     partial.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / run.script), *run.flags, "--output_dir", str(partial)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     began = time.perf_counter()
     with open(_log(run), "w", encoding="utf-8") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        live.add(process)
+        code = process.wait()
+        live.discard(process)
         log.write(f"\n{time.perf_counter() - began:.0f} seconds\n")
     if code == 0:
+        (partial / "run.json").write_text(json.dumps(_settings(run)), encoding="utf-8")
         os.replace(partial, run.output_dir)
     return code
 

@@ -1,11 +1,10 @@
 """Do the thoughts of Trails matter? Every mode with several seeds, each diagnosed: one table, one picture, pages.
 
     python recipes/trails/truth.py --seeds 0 1 2 --jobs 2
-    python recipes/trails/truth.py --modes coconut pause --seeds 0 --num_train_epochs 3       # what else it is given
-                                                                                              # goes to train.py
+    python recipes/trails/truth.py --modes coconut pause --seeds 0 --output_dir out/small --learning_rate 5e-4
 
-A seed is that of the first weights, of the order of the boards and of the drawn stages; the boards are the same.
-A command that was interrupted goes on with what is missing.
+Flags that it does not know go to train.py. A seed is that of the first weights, of the order of the boards and of the
+drawn stages; the boards are the same. A command that was interrupted goes on with what is missing.
 """
 
 import argparse
