@@ -512,6 +512,10 @@ def measure_attention(diagnosis: Diagnosis) -> list[dict[str, Any]]:
     model, arguments = diagnosis.subject.model, diagnosis.arguments
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
+    hooks = [  # before they are recorded: the weights of all heads of a long prompt would be tens of gigabytes
+        layer.self_attn.register_forward_hook(_mean_over_heads, prepend=True)
+        for layer in model.model.language_model.layers
+    ]
     found = []
     for row in range(min(max(arguments.num_attention, arguments.num_drawn), len(diagnosis.records))):
         batch = diagnosis.prompts([row], diagnosis.num_thoughts)
@@ -519,8 +523,8 @@ def measure_attention(diagnosis: Diagnosis) -> list[dict[str, Any]]:
             features = BaseModelOutputWithPooling(pooler_output=diagnosis.encode([row], "own"))
             batch["mm_encoder_outputs"] = {"image": features}
         with torch.no_grad():
-            attentions = model(**batch, output_attentions=True).attentions  # a (1, heads, T, T) for each layer
-        weights = torch.stack([layer[0].double().mean(dim=0) for layer in attentions]).mean(dim=0).cpu()  # (T, T)
+            attentions = model(**batch, output_attentions=True).attentions  # a (1, 1, T, T) for each layer
+        weights = torch.stack([layer[0, 0].double() for layer in attentions]).mean(dim=0).cpu()  # (T, T)
         ids = batch["input_ids"][0].cpu()
         latents, image = ids == model.config.latent_token_id, ids == model.config.image_token_id
         queries = [*(latents.nonzero().flatten() - 1).tolist(), len(ids) - 1]
@@ -533,8 +537,15 @@ def measure_attention(diagnosis: Diagnosis) -> list[dict[str, Any]]:
             last = image.nonzero().flatten()[: size * diagnosis.tiles[row][0]][-size:]
             sample["picture"] = weights[queries][:, last].tolist()
         found.append(sample)
+    for hook in hooks:
+        hook.remove()
     model.set_attn_implementation(before)
     return found
+
+
+def _mean_over_heads(module, args, output):
+    hidden_states, weights = output
+    return hidden_states, weights.mean(dim=1, keepdim=True)
 
 
 # --- figures -----------------------------------------------------------------------------------------------------

@@ -436,6 +436,18 @@ def test_lens_and_attention_equal_plain_ones(scratch):
     assert sum(attention[0]["picture"][-1]) == pytest.approx(attention[0]["shares"][-1][0])
     assert model.config._attn_implementation == "sdpa"
 
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), widened():
+        embeds, _ = plain_embeds(diagnosis, 0)
+        output = model.model.language_model(inputs_embeds=embeds[None], use_cache=False, output_attentions=True)
+    model.set_attn_implementation("sdpa")
+    weights = torch.stack(output.attentions)[:, 0].mean(dim=(0, 1))  # over layers and heads: (T, T)
+    ids = torch.tensor(diagnosis.dataset.prompt(0, NUM_THOUGHTS)["input_ids"])
+    latents, image = ids == model.config.latent_token_id, ids == model.config.image_token_id
+    for query, shares in zip([*(latents.nonzero().flatten() - 1).tolist(), -1], attention[0]["shares"], strict=True):
+        expected = [weights[query][group].sum() for group in (image, ~image & ~latents, latents)]
+        assert shares == pytest.approx([float(share) for share in expected])
+
 
 def test_the_lens_of_constant_thoughts_reads_the_states_before_them(scratch, monkeypatch):
     """Else a control would show nothing, whatever its states hold."""
