@@ -116,7 +116,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
 
 def draw(answers, arrows, path: Path):
     """Where it breaks: accuracy by arrows and thoughts of the plain variant, and of each variant by thoughts."""
-    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    figure = Figure(figsize=(12, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     first = "plain" if "plain" in answers else next(name for name in answers if name != COT)
     cells = np.array(
@@ -147,7 +147,7 @@ def draw(answers, arrows, path: Path):
     right.yaxis.set_major_formatter(PercentFormatter(1))
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set_title(f"questions of up to {MAX_TRAIN_ARROWS} arrows", fontsize=9)
-    right.legend(fontsize=8, frameon=False, loc="lower left")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
