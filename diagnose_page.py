@@ -32,7 +32,7 @@ STYLE = """
 main{max-width:76rem;margin:0 auto;padding:1rem}h1{font-size:1.5rem;margin:.5rem 0}
 h2{font-size:1.15rem;margin:0 0 .5rem}
 section{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:1rem;margin:1rem 0}
-p{margin:.4rem 0;max-width:46rem}.soft{color:var(--soft);font-size:.9rem}.verdict{font-size:1.25rem;font-weight:600}
+p,ul{margin:.4rem 0;max-width:46rem}.soft{color:var(--soft);font-size:.9rem}.verdict{font-size:1.25rem;font-weight:600}
 .used{color:var(--good)}.unshown,.warning{color:var(--warn)}.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
@@ -185,12 +185,12 @@ def _data_uri(image: Image.Image) -> str:
 
 FOLLOWING = {
     "own_picture": "the own picture",
-    "same_answer": "the own picture (of samples with a donor of each kind)",
+    "same_answer": "the own picture, beside a donor of the own answer",
     "donors_picture": "the donor's picture",
 }
 WITHOUT_DONOR = {
     "own_picture": "a decoy's",
-    "same_answer": "donor's, with the thoughts of a sample that had the own answer",
+    "same_answer": "donor's, with the thoughts of one that had the own answer",
     "donors_picture": "donor's, with a decoy's thoughts",
 }
 
@@ -207,14 +207,14 @@ def verdict_section(report: Mapping[str, Any]) -> str:
         parts.append(f"<p class='verdict {kind}'>The thoughts are {found['verdict']}.</p>")
         harm = ", or ".join(text(KINDS[kind]) for kind in found["harmful"])
         harm = f"accuracy falls when all thoughts are replaced by {harm}" if harm else "no replacement costs accuracy"
-        follows = "; ".join(
-            f"under {FOLLOWING[name]} in <b>{percent(row['donor']['rate'])}</b> of {row['donor']['samples']} cases "
-            f"({WITHOUT_DONOR[name]}: {percent(row['decoy']['rate'])})"
+        follows = "".join(
+            f"<li>under {FOLLOWING[name]}: <b>{percent(row['donor']['rate'])}</b> of {row['donor']['samples']} cases; "
+            f"beside it, {WITHOUT_DONOR[name]}: {percent(row['decoy']['rate'])}</li>"
             for name, row in found["following"].items()
         )
         parts.append(
-            f"<p>Damage: {harm}.</p><p>Content: with the thoughts of a sample that had another answer, the answer is "
-            f"that sample's {follows}.</p>"
+            f"<p>Damage: {harm}.</p><p>Content: with the thoughts of a donor, a sample that had another answer, the "
+            f"answer is the donor's</p><ul>{follows}</ul>"
         )
         if found["used_indices"]:
             names = ", ".join(str(index + 1) for index in found["used_indices"])
