@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor
 from multicoco.data_multicoco import ANSWER_MARK, CurriculumArguments, ReasoningCollator, StageDataset, load_records
 from multicoco.intervals import mcnemar, paired_bootstrap, wilson_interval
-from multicoco.settings import parse_settings
+from multicoco.settings import leave, parse_settings
 
 
 # What decides how a checkpoint answers; other files of its folder may change without making its predictions stale.
@@ -633,6 +633,4 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     main()
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # no rank leaves while the main process still writes
-        torch.distributed.destroy_process_group()
+    leave()

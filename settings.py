@@ -1,10 +1,14 @@
-"""Settings files of the commands: the names of their flags, in YAML or JSON."""
+"""What the commands share: settings files in YAML or JSON with the names of their flags, and how ranks leave."""
 
 import argparse
+import atexit
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch.distributed as dist
 import yaml
 from transformers import HfArgumentParser
 
@@ -39,3 +43,23 @@ def parse_settings(kind: type, description: str, arguments: Sequence[str]):
         from_file = read_settings(arguments.pop(0))
         arguments = [word for words in from_file.values() for word in words] + arguments
     return parser.parse_args_into_dataclasses(args=arguments)[0]
+
+
+def leave():
+    """
+    Ends a rank whose work is done; nothing in a run of one process.
+
+    No rank leaves while another still writes. On gloo the process then ends without destructors: now and then one of
+    a thread of torch aborts ("terminate called without an active exception"), and a run that was saved whole would
+    be told to have failed.
+    """
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    if dist.get_backend() != "gloo":
+        dist.destroy_process_group()
+        return
+    atexit._run_exitfuncs()  # of loggers, as at any other end
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -33,7 +33,7 @@ from multicoco.data_multicoco import ANSWER_MARK, CurriculumArguments, Reasoning
 from multicoco.intervals import wilson_interval
 from multicoco.memory import PARTS, estimate_memory, worst_batches
 from multicoco.model_card import write_card
-from multicoco.settings import read_settings
+from multicoco.settings import leave, read_settings
 from multicoco.trainer_callbacks import (
     AnswerCallback,
     CompletionCallback,
@@ -452,6 +452,4 @@ def main(arguments: list[str] | None = None):
 
 if __name__ == "__main__":
     main()
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # no rank leaves while another still writes
-        torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends without this
+    leave()
