@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers.integrations import HfDeepSpeedConfig  # noqa: E402
 
 from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens  # noqa: E402
+from multicoco.settings import leave  # noqa: E402
 
 
 def read_batch(folder: Path, name: str, dtype: torch.dtype) -> dict:
@@ -195,8 +196,7 @@ def main():
     for name in names:
         results = {key: value.contiguous() for key, value in run(name, folder, plan).items()}
         save_file(results, folder / f"{name}.rank{dist.get_rank()}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
