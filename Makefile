@@ -4,7 +4,7 @@ BIN := .venv/bin
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2
 BASELINES := cot no_cot no_thoughts pause pause_loop
 
-.PHONY: env trails train baselines truth beyond test quality style clean
+.PHONY: env trails train baselines truth beyond test test-clients release-check quality style clean
 
 env: .venv/installed
 
@@ -39,6 +39,19 @@ beyond: env
 test: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
+# Other people's programs on the trained checkpoint of the tests, in an environment of their own.
+.venv-clients/installed: setup.cfg pyproject.toml constraints-clients.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet --disable-pip-version-check -c constraints-clients.txt -e '.[clients]'
+	touch $@
+
+test-clients: .venv-clients/installed
+	PATH="$(CURDIR)/.venv-clients/bin:$$PATH" .venv-clients/bin/python -m pytest tests/clients
+
+# What needs longer than the gate, or environments of its own; the table goes into docs/release_check.md.
+release-check: env
+	$(BIN)/python tests/release_check.py
+
 quality: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +61,4 @@ style: env
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-clients .pytest_cache .ruff_cache .hypothesis *.egg-info

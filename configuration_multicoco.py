@@ -18,10 +18,14 @@ IMAGE_CONTEXT_TOKEN = "<IMG_CONTEXT>"  # one per visual feature: the embedding t
 IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<img>", "</img>"
 START_LATENT_TOKEN, LATENT_TOKEN, END_LATENT_TOKEN = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 
-# `coconut` feeds thoughts back; `pause` reads the latent token's own embedding in one plain pass and `pause_loop` does
-# so in the same passes as `coconut` (controls). `cot`, `no_cot` and `no_thoughts` differ in their data only.
+# How a checkpoint was trained. `coconut` feeds thoughts back, the controls `pause` and `pause_loop` a constant; `cot`,
+# `no_cot` and `no_thoughts` differ in their data only.
 MODES = ("coconut", "cot", "no_cot", "no_thoughts", "pause", "pause_loop")
-FEEDBACKS = ("identity", "rms_match")
+# What is fed at a latent position: the state, or, in the two controls, the constant that `<|latent|>` embeds to.
+STATE_FEEDBACKS = ("identity", "rms_match")
+CONSTANT_FEEDBACKS = ("latent", "latent_one_pass")
+FEEDBACKS = STATE_FEEDBACKS + CONSTANT_FEEDBACKS
+CONTROL_FEEDBACK = {"pause": "latent_one_pass", "pause_loop": "latent"}
 
 # Language models whose parameter names are the same in an original checkpoint and in transformers.
 ORIGINAL_TEXT_MODELS = {
@@ -53,10 +57,12 @@ class MultiCoCoConfig(InternVLConfig):
             Thoughts to use at inference: what the last stage trained. `None`: the model was never trained with a
             thought block, and prompts carry none; 0: a block with its two markers and no thought (stage 0).
         thought_feedback (`str`, defaults to `"identity"`):
-            How a state becomes the next input embedding: as it is (`"identity"`, the paper's), or with the norm of
-            the embedding of `<|latent|>`, whose place it takes (`"rms_match"`).
+            What is fed at a latent position: the state before it as it is (`"identity"`, the paper's) or with the norm
+            of the embedding of `<|latent|>` (`"rms_match"`); or, in the controls, that embedding itself, in the same
+            passes (`"latent"`) or in one plain pass (`"latent_one_pass"`).
         mode (`str`, defaults to `"coconut"`):
-            What the checkpoint was trained as: `coconut`, `cot`, `no_cot`, `no_thoughts`, `pause` or `pause_loop`.
+            What the checkpoint was trained as: `coconut`, `cot`, `no_cot`, `no_thoughts`, `pause` or `pause_loop`. It
+            changes nothing in the model; older files say by it what `thought_feedback` says now.
         system_message (`str`, *optional*):
             System message of [`~modeling_multicoco.InternVLChatModel.chat`]; `None` means that of InternVL's
             `internvl2_5` template (the shipped InternVL3 configurations hold `null` and mean this).
@@ -88,8 +94,15 @@ class MultiCoCoConfig(InternVLConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if self.thought_feedback in STATE_FEEDBACKS:  # files of version 0.1 name a control by its mode only
+            self.thought_feedback = feedback_of(self.mode, self.thought_feedback)
         self._check_thoughts()
         self._check_vision()
+
+    @property
+    def llm_config(self):
+        """The original's name of `text_config`."""
+        return self.text_config
 
     @property
     def num_image_token(self) -> int:
@@ -166,6 +179,13 @@ class MultiCoCoConfig(InternVLConfig):
                 "as OpenGVLab/InternVL3-1B). Start from an InternVL3 checkpoint."
             )
         return config, kwargs
+
+
+def feedback_of(mode: str, thought_feedback: str) -> str:
+    """What a model trained in `mode` feeds: a control its constant; others the state, in the model's own way."""
+    if mode in CONTROL_FEEDBACK:
+        return CONTROL_FEEDBACK[mode]
+    return thought_feedback if thought_feedback in STATE_FEEDBACKS else "identity"
 
 
 def _is_int(value) -> bool:

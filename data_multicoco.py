@@ -623,7 +623,7 @@ def _load(image):
 
 def _tokenize(records, processor) -> Iterable[TokenizedRecord]:
     conversations = [[{"role": "user", "content": question_text(record)}] for record in records]
-    prompts = processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+    prompts = processor.apply_chat_template(conversations, add_generation_prompt=True, num_thoughts=None)
     prompts = [
         expand_image_tokens(prompt, [1] * len(record["images"]), 1)
         for prompt, record in zip(prompts, records, strict=True)

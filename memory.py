@@ -267,7 +267,7 @@ def estimate_memory(
     visual = batch.tiles * config.num_image_token
     length = visual + batch.text_tokens + batch.thoughts + batch.label_tokens
     chunks = [length]
-    if batch.thoughts and config.mode != "pause":
+    if batch.thoughts and config.thought_feedback != "latent_one_pass":
         chunks = [visual + batch.text_tokens, *[1] * (batch.thoughts - 1), 1 + batch.label_tokens]
     num_passes = len(chunks)
 

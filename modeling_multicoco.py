@@ -10,32 +10,29 @@ One position needs the state of another, so a sequence is cut before each latent
 key/value cache. With the thoughts of all rows aligned, `n` thoughts take `n + 1` passes and the sum of their tokens is
 that of one plain forward. Gradients flow through every thought and through the cache.
 
-InternVL fuses by overwriting the embeddings of `<IMG_CONTEXT>` with visual features; there is no other fusion path,
-so passes over these embeddings, with a cache, see the image all the time.
+The backbone thinks: [`MultiCoCoModel`] fuses the images, runs the passes and returns the last hidden states, so who
+calls `model.base_model` and a head of its own (trl does) has the thoughts. [`MultiCoCoForConditionalGeneration`] adds
+head, loss and generation. `modeling_internvl_chat.py` is InternVL's own interface, `passes.py` the cache of passes.
 
 Shapes: B batch, T tokens, D hidden size, V vocabulary, N tiles, P visual tokens per tile.
 """
 
-import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from torch import nn
 from transformers import GenerationConfig, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
-from transformers.integrations.fsdp import is_fsdp_managed_module
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast
+from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast, InternVLModelOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
+from .compat import checkpointed_with_cache, gathered, is_reentrant, is_sharded, most_of_all_ranks, settled_rotary
 from .configuration_multicoco import (
+    CONSTANT_FEEDBACKS,
     END_LATENT_TOKEN,
     IMAGE_CONTEXT_TOKEN,
     IMAGE_END_TOKEN,
@@ -44,18 +41,46 @@ from .configuration_multicoco import (
     START_LATENT_TOKEN,
     MultiCoCoConfig,
 )
-from .processing_multicoco import (
-    CHAT_TEMPLATE,
-    IMAGE_PLACEHOLDER,
-    expand_image_tokens,
-    prepare_tokenizer,
-    thought_block,
+from .modeling_internvl_chat import (
+    InternVLChatBackbone,
+    InternVLChatModel,
+    check_shapes,
+    count_positions,
+    is_2d,
+    register_checkpoint_names,
+    takes_original_order,
 )
+from .passes import (
+    PassCache,
+    answer_visibility,
+    check_thoughts,
+    hidden_from_answer,
+    join_attentions,
+    join_hidden_states,
+    packed_samples,
+    pad_mask,
+)
+from .processing_multicoco import OWN, MultiCoCoProcessor, plain_processor, prepare_tokenizer, thought_block
 
 
 logger = logging.get_logger(__name__)
 
-ANSWER_SEES = ("all", "no_image", "thoughts_only")
+
+@dataclass
+class MultiCoCoModelOutputWithPast(InternVLModelOutputWithPast):
+    r"""
+    Output of [`MultiCoCoModel`].
+
+    last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+        What the head reads. At the position before a thought it is that thought.
+    thoughts (`torch.FloatTensor` of shape `(batch_size, num_thoughts, hidden_size)`, *optional*):
+        What was fed at the latent positions, with `return_thoughts=True`; zeros after the last thought of a row.
+    inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+        All that was fed, images and thoughts in their places, with `return_inputs_embeds=True`.
+    """
+
+    thoughts: torch.FloatTensor | None = None
+    inputs_embeds: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -74,447 +99,287 @@ class MultiCoCoOutputWithPast(InternVLCausalLMOutputWithPast):
     thoughts: torch.FloatTensor | None = None
 
 
-class PassLayer(DynamicLayer):
-    """Keys and values of one layer in one pass: reads those of earlier passes, and only *sets* its own."""
+@dataclass
+class _Plan:
+    """All that the host reads of a batch: checked and read before any compute, once."""
 
-    def __init__(self, past: tuple = ()):
-        super().__init__()
-        self.past = past  # ((keys, values), ...) of earlier passes, each (B, kv_heads, chunk, head_dim)
-        self.own = None
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if self.own is None:  # the forward; a replay in the backward computes the same and only reads
-            self.own = (key_states, value_states)
-        if not self.past:
-            return key_states, value_states
-        keys, values = zip(*self.past, (key_states, value_states), strict=True)
-        return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
-
-    def get_seq_length(self):
-        return sum(keys.shape[-2] for keys, _ in self.past)
+    columns: list[int]  # where some row has a thought; the sequence is cut before each
+    numbers: torch.LongTensor | None  # (B, T): 1 at a row's first thought, 2 at its second, 0 elsewhere
+    num_surplus: int  # passes that other ranks make and this one does not need
+    visible: Callable | None  # `(batch, head, query, key) -> allowed`, beside the causal rule
+    attention_mask: torch.Tensor | None
+    position_ids: torch.LongTensor | None
 
 
-class PassCache(Cache):
-    """
-    The cache of one training pass, which activation checkpointing may replay.
+class MultiCoCoModel(InternVLChatBackbone):
+    """InternVL's backbone that thinks: images, latent passes, last hidden states. `model.base_model` of the whole."""
 
-    A growing cache would append a second time when the backward pass recomputes a layer. Here each pass gets a cache
-    of its own that reads a frozen past, so the replay sees what the forward saw. The joined keys are not kept.
-    """
-
-    def __init__(self, num_layers: int, previous: "PassCache | None" = None):
-        if previous is None:
-            super().__init__(layers=[PassLayer() for _ in range(num_layers)])
-        else:
-            super().__init__(layers=[PassLayer((*layer.past, layer.own)) for layer in previous.layers])
-
-
-def check_images(
-    image_mask: torch.BoolTensor, num_tiles: int, num_image_token: int, num_patches_list: Sequence[int] | None
-):
-    """
-    Checks that every sample has exactly the visual tokens that its tiles will fill, before anything is computed.
-
-    Args:
-        image_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`):
-            Where `<IMG_CONTEXT>` is; on the host.
-        num_tiles (`int`): Tiles of the batch.
-        num_image_token (`int`): Visual tokens per tile.
-        num_patches_list (`Sequence[int]`, *optional*): Tiles of each image of the batch, in order. Without it only the
-            totals can be checked, and a swap between samples of equal totals cannot be seen.
-
-    Raises:
-        ValueError: naming the sample, both counts, and the cure.
-    """
-    cure = (
-        "Fewer tokens usually means truncation: raise `max_length` or lower `max_patches`. More usually means that "
-        f"the text itself contains {IMAGE_CONTEXT_TOKEN}: let the processor place the images."
-    )
-    counts = image_mask.sum(dim=1).tolist()
-    if num_patches_list is None:
-        for sample, count in enumerate(counts):
-            if count % num_image_token:
-                raise ValueError(
-                    f"Sample {sample}: `input_ids` holds {count} {IMAGE_CONTEXT_TOKEN} tokens, not a multiple of the "
-                    f"{num_image_token} visual features of a tile. {cure}"
-                )
-        if sum(counts) != num_tiles * num_image_token:
-            raise ValueError(
-                f"`input_ids` holds {counts} {IMAGE_CONTEXT_TOKEN} tokens (per sample), but the {num_tiles} tiles in "
-                f"`pixel_values` give {num_tiles * num_image_token} visual features ({num_image_token} per tile). "
-                f"{cure}"
-            )
-        return
-    if not all(isinstance(count, int) and count > 0 for count in num_patches_list):
-        raise ValueError(
-            f"`num_patches_list` is {num_patches_list}, expected one positive integer for each image of the batch. "
-            "Leave out images that are not there, and do not nest it by sample."
-        )
-    if sum(num_patches_list) != num_tiles:
-        raise ValueError(
-            f"`num_patches_list` {list(num_patches_list)} counts {sum(num_patches_list)} tiles, but `pixel_values` "
-            f"has {num_tiles}. Pass both as the processor returned them."
-        )
-    image = 0
-    for sample, row in enumerate(image_mask):
-        edges = torch.diff(row.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int))
-        runs = (edges == -1).nonzero().flatten() - (edges == 1).nonzero().flatten()  # length of each run of tokens
-        for run in runs.tolist():
-            first, filled = image, 0
-            while filled < run and image < len(num_patches_list):  # images without a token between them share a run
-                filled += num_patches_list[image] * num_image_token
-                image += 1
-            if filled != run:
-                raise ValueError(
-                    f"Sample {sample}: `input_ids` holds a run of {run} {IMAGE_CONTEXT_TOKEN} tokens, but its tiles "
-                    f"in `num_patches_list` ({list(num_patches_list[first:image])} from image {first} on) give "
-                    f"{filled} visual features ({num_image_token} per tile). Order the tiles as the images stand in "
-                    f"the batch. {cure}"
-                )
-    if image != len(num_patches_list):
-        raise ValueError(
-            f"`num_patches_list` has {len(num_patches_list)} images, but `input_ids` has {IMAGE_CONTEXT_TOKEN} tokens "
-            f"for {image}. {cure}"
-        )
-
-
-def check_shapes(tokens, has_past: bool, attention_mask, labels, latent_mask):
-    """
-    Checks that what goes with the tokens `(B, T)` has their shape; a wrong one could broadcast in silence.
-
-    Raises:
-        ValueError: naming the argument, its shape and the expected one.
-    """
-    batch_size, length = tokens.shape
-    for name, tensor, least, most in (
-        ("attention_mask", attention_mask if _is_2d(attention_mask) else None, length, None if has_past else length),
-        ("labels", labels, length, length),
-        ("latent_mask", latent_mask, 0, length),
-    ):
-        if tensor is None:
-            continue
-        if tensor.dim() != 2 or len(tensor) != batch_size or not least <= tensor.shape[1] <= (most or tensor.shape[1]):
-            raise ValueError(
-                f"`{name}` has shape {tuple(tensor.shape)}, expected {(batch_size, length)} like `input_ids`. Use "
-                "both as one call of the processor or collator made them."
-            )
-
-
-def check_thoughts(latent_mask: torch.BoolTensor, attention_mask: torch.Tensor | None, image_mask: torch.BoolTensor):
-    """
-    Checks that every thought has a state before it and comes after the images of its sample. All tensors on the host.
-
-    Raises:
-        ValueError: naming the sample and the position.
-    """
-    if not latent_mask.any():
-        return
-    real = torch.ones_like(latent_mask) if attention_mask is None else attention_mask.bool()
-    has_previous = torch.zeros_like(latent_mask)
-    has_previous[:, 1:] = real[:, :-1] & real[:, 1:]
-    later_image = image_mask.flip(1).cumsum(1).flip(1) > 0
-    for wrong, reason in (
-        (latent_mask & ~real, "stands in the padding. Give `attention_mask` 1 there, or pad with another token."),
-        (
-            latent_mask & ~has_previous,
-            "is the first token of its sample, so there is no state to feed. Put text first.",
-        ),
-        (latent_mask & later_image, "stands before or inside an image. Put all images before the thoughts."),
-    ):
-        if wrong.any():
-            sample, position = wrong.nonzero()[0].tolist()
-            raise ValueError(f"Sample {sample}: {LATENT_TOKEN} at position {position} of `input_ids` {reason}")
-
-
-class InternVLChatModel(InternVLForConditionalGeneration):
-    """
-    The interface of the original `InternVLChatModel` on transformers' native modules.
-
-    `pixel_values` is flat, `(sum of tiles, 3, height, width)`: every tile is encoded by itself, and the features fill
-    the `<IMG_CONTEXT>` positions sample after sample.
-    """
-
-    config_class = MultiCoCoConfig
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """
-        Loads a checkpoint of our own, of transformers (`-hf`) or of the original program, from a folder or the Hub.
-        Names and configuration are translated; no remote code is run. See [`~transformers.PreTrainedModel`].
-        """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.lm_head.weight is not model.get_input_embeddings().weight:
-            model.config.tie_word_embeddings = False  # the native default, True, is also that of `-hf` files
-        return loaded
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """Saves native parameter names and the code files, so that every auto class loads the folder."""
-        kwargs.setdefault("save_original_format", False)
-        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    @property
-    def num_image_token(self) -> int:
-        return self.config.num_image_token
-
-    @property
-    def img_context_token_id(self) -> int:
-        return self.config.image_token_id
-
-    def extract_feature(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
-        """Visual tokens `(N, P, D)` of tiles `(N, 3, height, width)`, in the language model's width."""
-        return self.get_image_features(pixel_values, return_dict=True).pooler_output
-
-    def fuse(self, input_ids, pixel_values=None, tiles=None, mm_encoder_outputs=None) -> torch.FloatTensor:
-        """
-        Token embeddings `(B, T, D)` with visual features at the `<IMG_CONTEXT>` positions: InternVL's whole fusion.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Ids.
-            pixel_values (`torch.FloatTensor` of shape `(num_tiles, 3, height, width)`, *optional*): Tiles.
-            tiles (`Sequence[int]`, *optional*): Those that are placed; all by default. The others are encoded too, so
-                that a rank without images calls the vision tower like the others, and count nothing.
-            mm_encoder_outputs (`dict`, *optional*): Features computed before, under `"image"`, as in `generate`.
-        """
-        inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
-        if pixel_values is not None:
-            features = self.extract_feature(pixel_values)  # (N, P, D)
-        elif mm_encoder_outputs:
-            features = mm_encoder_outputs["image"].pooler_output
-        else:
-            return inputs_embeds
-        if tiles is not None:
-            inputs_embeds = inputs_embeds + 0.0 * features.sum()
-            features = features[torch.tensor(tiles, dtype=torch.long, device=features.device)]
-        image_mask = (input_ids == self.config.image_token_id)[..., None]  # (B, T, 1)
-        return inputs_embeds.masked_scatter(image_mask, features.to(inputs_embeds))
-
-    def _check_images(self, input_ids, pixel_values, image_flags, num_patches_list):
-        """[`check_images`], and the tiles to place (`None`: all). Gives a rank without images its blank tile."""
-        tiles = None
-        if pixel_values is None:
-            if _world_size() > 1 and (self.training or _is_sharded(self)):
-                vision = self.config.vision_config
-                shape = (1, vision.num_channels, *vision.image_size)
-                pixel_values, tiles = torch.zeros(shape, dtype=self.dtype, device=input_ids.device), []
-            num_tiles = 0
-        else:
-            vision = self.config.vision_config
-            tile = (vision.num_channels, *vision.image_size)
-            if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != tile:
-                raise ValueError(
-                    f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected (sum of tiles, {tile[0]}, "
-                    f"{tile[1]}, {tile[2]}). Concatenate the tiles of all samples along the first axis; they "
-                    "are never mixed."
-                )
-            num_tiles = len(pixel_values)
-            if image_flags is not None:
-                flags = torch.as_tensor(image_flags).flatten().tolist()
-                if len(flags) != num_tiles:
-                    raise ValueError(
-                        f"`image_flags` has {len(flags)} entries, expected one for each of {num_tiles} tiles in "
-                        "`pixel_values`. Give 1 for a tile to place, 0 for a dummy."
-                    )
-                tiles = [index for index, flag in enumerate(flags) if flag]
-                num_tiles = len(tiles)
-        image_mask = (input_ids == self.config.image_token_id).cpu()
-        check_images(image_mask, num_tiles, self.num_image_token, _as_list(num_patches_list))
-        return pixel_values, tiles
-
+    @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor | None = None,
         input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        image_flags: torch.Tensor | None = None,
-        num_patches_list: Sequence[int] | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
         mm_encoder_outputs: dict | None = None,
-        **kwargs,
-    ) -> tuple | InternVLCausalLMOutputWithPast:
-        r"""
-        One plain forward: [`~transformers.InternVLForConditionalGeneration.forward`] with InternVL's own arguments.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(num_tiles, 3, height, width)`, *optional*):
-                Tiles of all images of the batch, in order.
-            image_flags (`torch.Tensor` of shape `(num_tiles,)` or `(num_tiles, 1)`, *optional*):
-                0 marks a dummy tile, which is encoded and then left out.
-            num_patches_list (`Sequence[int]`, *optional*):
-                Tiles of each image (without dummies); makes the check of tiles and tokens exact per sample.
-
-        Raises:
-            ValueError: tiles and `<IMG_CONTEXT>` tokens do not match.
-        """
-        if input_ids is not None:
-            tiles = None
-            if (past_key_values is None or input_ids.shape[1] > 1) and mm_encoder_outputs is None:
-                pixel_values, tiles = self._check_images(input_ids, pixel_values, image_flags, num_patches_list)
-            inputs_embeds = self.fuse(input_ids, pixel_values, tiles, mm_encoder_outputs)
-        return super().forward(
-            attention_mask=attention_mask,
-            position_ids=_positions(position_ids, attention_mask, inputs_embeds.shape[1]),
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.LongTensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        pixel_values: torch.FloatTensor | None = None,
         image_flags: torch.Tensor | None = None,
         num_patches_list: Sequence[int] | None = None,
+        latent_mask: torch.BoolTensor | None = None,
+        use_cache: bool | None = None,
+        return_thoughts: bool = False,
+        edit_thoughts: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+        answer_sees: str = "all",
+        return_inputs_embeds: bool = False,
         **kwargs,
-    ):
-        """
-        [`~transformers.GenerationMixin.generate`], after the same checks of tiles and tokens as in `forward`. Returns
-        the prompt and the new tokens, as transformers does.
-        """
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if input_ids is not None and kwargs.get("mm_encoder_outputs") is None:
-            pixel_values, tiles = self._check_images(input_ids, pixel_values, image_flags, num_patches_list)
-            if tiles is not None:
-                if not tiles:
-                    self.extract_feature(pixel_values)  # only so that all ranks call the vision tower equally often
-                pixel_values = pixel_values[torch.tensor(tiles, dtype=torch.long)] if tiles else None
-        if pixel_values is not None:
-            kwargs["pixel_values"] = pixel_values
-        return super().generate(inputs, generation_config, **kwargs)
+    ) -> tuple | MultiCoCoModelOutputWithPast:
+        """Arguments and errors as in [`MultiCoCoForConditionalGeneration.forward`]."""
+        tokens = tokens_of(input_ids, inputs_embeds)
+        if inputs_embeds is not None and (pixel_values is not None or mm_encoder_outputs):
+            raise ValueError("With `inputs_embeds`, place the images yourself: `inputs_embeds=model.fuse(...)`.")
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("Pass only one of `pixel_values` and `mm_encoder_outputs`: both are the images.")
+        check_shapes(tokens, past_key_values is not None, attention_mask, None, latent_mask)
+        use_cache = self._resolve_cache(use_cache, past_key_values)
+        tiles = None
+        is_step = past_key_values is not None and tokens.shape[1] == 1 and latent_mask is None  # of decoding
+        if input_ids is not None and mm_encoder_outputs is None and not is_step:
+            pixel_values, tiles = self.place_images(input_ids, pixel_values, image_flags, num_patches_list)
+        plan = self._plan(
+            input_ids,
+            tokens,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            None if is_step else self.latent_mask(input_ids, latent_mask, past_key_values),
+            answer_sees,
+            needs_passes=edit_thoughts is not None or return_thoughts,
+        )
 
-    def chat(
+        features = None
+        if inputs_embeds is None:
+            inputs_embeds, features = self.fuse(
+                input_ids,
+                pixel_values,
+                tiles,
+                mm_encoder_outputs,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+            )
+        layers = self.language_model.layers
+        with settled_rotary(self.language_model, plan.position_ids if plan.columns else None):
+            with checkpointed_with_cache(layers):  # they get a `PassCache` or no cache
+                hidden_states, embeds, outputs, thoughts = self._run_passes(
+                    inputs_embeds, plan, past_key_values, use_cache, edit_thoughts, **kwargs
+                )
+        return MultiCoCoModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=outputs[-1].past_key_values,
+            hidden_states=join_hidden_states(outputs),
+            attentions=join_attentions(outputs),
+            image_hidden_states=features,
+            thoughts=thoughts if return_thoughts else None,
+            inputs_embeds=torch.cat(embeds, dim=1) if return_inputs_embeds else None,
+        )
+
+    def _plan(
         self,
-        tokenizer: PreTrainedTokenizerBase,
-        pixel_values: torch.FloatTensor | None,
-        question: str,
-        generation_config: GenerationConfig | dict | None = None,
-        history: list[tuple[str, str]] | None = None,
-        return_history: bool = False,
-        num_patches_list: Sequence[int] | None = None,
-        num_thoughts: int | None = None,
-    ):
-        r"""
-        One turn of a conversation, as in the original program.
+        input_ids,
+        tokens,
+        attention_mask,
+        position_ids,
+        past_key_values,
+        latent_mask,
+        answer_sees,
+        needs_passes,
+    ) -> _Plan:
+        """Reads and checks the batch. After this the host asks nothing of the device until the loss."""
+        length = tokens.shape[1]
+        samples = None
+        if past_key_values is None and attention_mask is None and position_ids is not None:
+            samples = packed_samples(position_ids, tokens)
+        columns, numbers = [], None
+        if latent_mask is not None:
+            numbers = self.number_thoughts(input_ids, pad_mask(latent_mask, length), attention_mask, samples)
+            if self.config.thought_feedback != "latent_one_pass" or needs_passes:
+                columns = numbers.any(dim=0).nonzero().flatten().tolist()
+            if columns and attention_mask is not None and not is_2d(attention_mask):
+                raise ValueError("`attention_mask` must be (batch_size, sequence_length) when there are thoughts.")
 
-        Args:
-            tokenizer ([`PreTrainedTokenizerBase`]): Tokenizer of the checkpoint.
-            pixel_values (`torch.FloatTensor` of shape `(num_tiles, 3, height, width)`, *optional*):
-                Tiles of all images of the conversation.
-            question (`str`): The question; without `<image>` and history, the images stand before it.
-            generation_config ([`GenerationConfig`] or `dict`, *optional*):
-                Any generation settings. The turn always ends at `<|im_end|>`.
-            history (`list[tuple[str, str]]`, *optional*): Earlier questions (with their `<image>`) and answers.
-            return_history (`bool`, defaults to `False`): Also return the history with this turn.
-            num_patches_list (`Sequence[int]`, *optional*): Tiles of each image; one image by default.
-            num_thoughts (`int`, *optional*): Thoughts before the answer; by default what the checkpoint was
-                trained with.
-
-        Returns:
-            `str`, or `tuple[str, list[tuple[str, str]]]` with `return_history`.
-
-        Raises:
-            ValueError: images, tiles and `<image>` do not match, or the question holds a reserved token.
-        """
-        if history is None and pixel_values is not None and IMAGE_PLACEHOLDER not in question:
-            question = f"{IMAGE_PLACEHOLDER}\n{question}"
-        if num_patches_list is None:
-            num_patches_list = [] if pixel_values is None else [len(pixel_values)]
-        messages = []
-        for past_question, past_answer in history or []:
-            messages.append({"role": "user", "content": past_question})
-            messages.append({"role": "assistant", "content": past_answer})
-        messages.append({"role": "user", "content": question})
-        prompts = self._chat_prompts(tokenizer, [messages], _as_list(num_patches_list), num_thoughts)
-        response = self._answer(tokenizer, prompts, pixel_values, num_patches_list, generation_config)[0]
-        history = [*(history or []), (question, response)]
-        return (response, history) if return_history else response
-
-    def batch_chat(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        pixel_values: torch.FloatTensor | None,
-        questions: list[str],
-        generation_config: GenerationConfig | dict | None = None,
-        num_patches_list: Sequence[int] | None = None,
-        num_thoughts: int | None = None,
-    ) -> list[str]:
-        """
-        Answers of a batch of questions; see [`~InternVLChatModel.chat`]. With `pixel_values`, a question without
-        `<image>` gets one before it, and `num_patches_list` (one tile for each image by default) goes by the order
-        of all `<image>`.
-        """
-        if not questions:
-            raise ValueError("`questions` is empty, expected at least one question. Do not call it without any.")
-        if pixel_values is not None:
-            questions = [item if IMAGE_PLACEHOLDER in item else f"{IMAGE_PLACEHOLDER}\n{item}" for item in questions]
-            if num_patches_list is None:
-                num_patches_list = [1] * len(pixel_values)
-        conversations = [[{"role": "user", "content": question}] for question in questions]
-        prompts = self._chat_prompts(tokenizer, conversations, _as_list(num_patches_list) or [], num_thoughts)
-        return self._answer(tokenizer, prompts, pixel_values, num_patches_list, generation_config)
-
-    def _chat_prompts(self, tokenizer, conversations, num_patches_list, num_thoughts) -> list[str]:
-        image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT_TOKEN)
-        if image_token_id != self.config.image_token_id:
+        visible = None
+        if answer_sees != "all":
+            if past_key_values is not None and int(past_key_values.get_seq_length()) > 0:
+                raise ValueError(
+                    f"`answer_sees={answer_sees!r}` cannot continue `past_key_values`: which of its positions are to "
+                    "be hidden is not known. Pass the whole sequence and no cache."
+                )
+            if samples is not None:
+                raise ValueError(f"`answer_sees={answer_sees!r}` cannot be used with packed rows. Pad instead.")
+            visible = answer_visibility(self.config, answer_sees, input_ids, latent_mask)
+        elif samples is not None and not self._has_flash:
+            packed = samples.to(tokens.device)
+            visible = lambda batch, head, query, key: packed[batch, query] == packed[batch, key]  # noqa: E731
+        elif samples is not None and columns:
             raise ValueError(
-                f"`config.image_token_id` is {self.config.image_token_id}, but `tokenizer` gives "
-                f"{IMAGE_CONTEXT_TOKEN} the id {image_token_id}. Use the tokenizer of the checkpoint."
+                "`position_ids` restart, so the rows are packed: with thoughts this needs attention masks, which "
+                f"{self.config._attn_implementation} does not take. Load the model with `attn_implementation='sdpa'`."
             )
-        block = self._thought_block(num_thoughts)
-        prompts, first = [], 0
-        for sample, messages in enumerate(conversations):
-            prompt = tokenizer.apply_chat_template(
-                messages,
-                chat_template=CHAT_TEMPLATE,
-                system_message=self.config.system_message,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-            last = first + prompt.count(IMAGE_PLACEHOLDER)
-            if sample == len(conversations) - 1:
-                last = max(last, len(num_patches_list))  # a surplus of images is an error of the last sample
-            prompts.append(
-                expand_image_tokens(prompt, num_patches_list[first:last], self.num_image_token, sample) + block
-            )
-            first = last
-        return prompts
 
-    def _thought_block(self, num_thoughts: int | None) -> str:
-        if num_thoughts is not None:
+        num_surplus = 0
+        if numbers is not None and is_sharded(self):  # asked before the passes, which gather parameters themselves
+            num_passes = len(columns) + 1
+            num_surplus = most_of_all_ranks(num_passes, tokens.device) - num_passes
+        position_ids = count_positions(position_ids, attention_mask, length)
+        if columns and is_2d(attention_mask) and attention_mask.all():
+            attention_mask = None  # without padding the passes use kernels that take no mask
+        return _Plan(columns, numbers, num_surplus, visible, attention_mask, position_ids)
+
+    def _run_passes(self, inputs_embeds, plan: _Plan, past_key_values, use_cache, edit_thoughts, **kwargs):
+        """
+        Coconut. Returns the last hidden states (B, T, D), the embeddings that were fed, piece by piece, the output of
+        each pass, and the thoughts (B, num_thoughts, D).
+        """
+        language_model, columns = self.language_model, plan.columns
+        batch_size, length, hidden_size = inputs_embeds.shape
+        num_thoughts = int(plan.numbers.max()) if columns else 0
+        thoughts = [inputs_embeds.new_zeros(batch_size, hidden_size)] * num_thoughts
+        if columns:
+            numbers = plan.numbers.to(inputs_embeds.device, non_blocking=True)
+            if use_cache and past_key_values is None:
+                past_key_values = DynamicCache(config=language_model.config)
+        past_length = plan.attention_mask.shape[1] - length if is_2d(plan.attention_mask) else 0
+        # transformers asks the device whether a 2D mask has padding, once per pass; a mask made here does not wait.
+        makes_mask = plan.visible is not None or (columns and plan.attention_mask is not None)
+
+        cache, chunks, outputs, states = past_key_values, [], [], []
+        for start, stop in zip([0, *columns], [*columns, length], strict=True):
+            chunk = inputs_embeds[:, start:stop]  # (B, stop - start, D)
+            if start > 0:
+                first = chunk[:, 0]  # (B, D)
+                state = self._feed_back(states[-1][:, -1].to(first.device), first)  # layers may be on other devices
+                for number in sorted(set(plan.numbers[:, start].tolist()) - {0}):
+                    thought = state if edit_thoughts is None else edit_thoughts(state, number - 1)
+                    rows = numbers[:, start, None] == number  # (B, 1)
+                    first = torch.where(rows, thought, first)
+                    thoughts[number - 1] = torch.where(rows, thought, thoughts[number - 1])
+                chunk = torch.cat([first[:, None], chunk[:, 1:]], dim=1)
+            if columns and past_key_values is None:
+                cache = PassCache(len(language_model.layers), previous=cache)
+            mask = plan.attention_mask
+            mask = mask[:, : past_length + stop] if is_2d(mask) else mask
+            positions = plan.position_ids[:, start:stop] if plan.position_ids is not None else None
+            if makes_mask and not self._has_flash:
+                mask = create_causal_mask(
+                    config=language_model.config,
+                    inputs_embeds=chunk,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    and_mask_function=plan.visible,
+                    allow_is_causal_skip=False,
+                )
+            output = language_model(
+                inputs_embeds=chunk,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            chunks.append(chunk)
+            outputs.append(output)
+            states.append(output.last_hidden_state)
+        hidden_states = torch.cat(states, dim=1) if columns else states[0]  # (B, T, D)
+        for _ in range(plan.num_surplus):
+            surplus = language_model(inputs_embeds=inputs_embeds[:1, :1], use_cache=False).last_hidden_state
+            hidden_states = hidden_states + 0.0 * surplus.sum()
+        return hidden_states, chunks, outputs, torch.stack(thoughts, dim=1) if thoughts else None
+
+    def _feed_back(self, state, latent):
+        """The thought (B, D) that `state` (B, D) becomes where the embedding `latent` (B, D) stands."""
+        if self.config.thought_feedback in CONSTANT_FEEDBACKS:
+            return latent
+        if self.config.thought_feedback == "identity":
+            return state
+        # Not the mean norm of all embeddings: under ZeRO-3 no rank has them, and this one can be learned.
+        norm = state.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(state.dtype).tiny)
+        return state * (latent.norm(dim=-1, keepdim=True) / norm)
+
+    def _resolve_cache(self, use_cache: bool | None, past_key_values: Cache | None) -> bool:
+        """Whether a cache is returned; refuses what activation checkpointing would silently compute wrongly."""
+        if use_cache is None:
+            use_cache = self.language_model.config.use_cache and not self.training
+        checkpointed = [layer for layer in self.language_model.layers if layer.gradient_checkpointing]
+        if not (checkpointed and self.training and torch.is_grad_enabled()):
+            return use_cache
+        if is_reentrant(checkpointed[0]):
             raise ValueError(
-                "`num_thoughts` needs a `MultiCoCoForConditionalGeneration`; an InternVL has no thoughts."
+                "Activation checkpointing is reentrant, expected non-reentrant: with thoughts its gradients are "
+                "wrong. Set `activation_checkpointing_kwargs={'use_reentrant': False}` (transformers' default)."
             )
-        return ""
+        if past_key_values is not None:
+            raise ValueError(
+                "`past_key_values` cannot be used in training with activation checkpointing: a replayed layer would "
+                "write to it twice. Pass the whole sequence, or disable checkpointing."
+            )
+        return False
 
-    def _answer(self, tokenizer, prompts, pixel_values, num_patches_list, generation_config) -> list[str]:
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(self.device)
-        if pixel_values is not None:
-            inputs["pixel_values"] = pixel_values.to(self.device, self.dtype)
-            inputs["num_patches_list"] = num_patches_list
-        settings = {
-            "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        if isinstance(generation_config, dict):
-            settings = {**generation_config, **settings}
-            generation_config = None
-        output = self.generate(**inputs, generation_config=generation_config, **settings)
-        answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [answer.strip() for answer in answers]
+    @property
+    def _has_flash(self) -> bool:
+        return "flash" in self.config._attn_implementation
+
+    def latent_mask(self, input_ids, latent_mask=None, past_key_values=None) -> torch.BoolTensor | None:
+        """
+        Where thoughts are fed, `latent_mask` or the `<|latent|>` of `input_ids`; says so once if the checkpoint was
+        trained to think and these inputs have no place for it.
+        """
+        config = self.config
+        if latent_mask is not None or config.latent_token_id is None:
+            return latent_mask
+        if past_key_values is not None and int(past_key_values.get_seq_length()) > 0:
+            return None if input_ids is None else input_ids == config.latent_token_id
+        if input_ids is None:
+            if config.num_thoughts is not None:
+                logger.warning_once(
+                    "`inputs_embeds` came without `latent_mask`, so nothing is fed back, but this checkpoint was "
+                    f"trained with `num_thoughts` {config.num_thoughts}. Pass `input_ids`, or `latent_mask` (all "
+                    "False for embeddings that hold their thoughts already)."
+                )
+            return None
+        starts = (input_ids == config.start_latent_id).sum(dim=1)  # (B,)
+        ends = (input_ids == config.end_latent_id).sum(dim=1)
+        has_none, is_cut = torch.stack([(starts == 0).any(), (starts > ends).any()]).tolist()
+        if is_cut:
+            raise ValueError(
+                f"`input_ids` hold a thought block without its {END_LATENT_TOKEN}: the sequence was cut inside. Raise "
+                "the limit of its length (`max_length=None` in trl)."
+            )
+        if has_none and config.num_thoughts is not None:
+            logger.warning_once(
+                "`input_ids` hold a sample without a thought block, but this checkpoint was trained with "
+                f"`num_thoughts` {config.num_thoughts} and answers worse without. Make prompts by its processor's or "
+                "tokenizer's `apply_chat_template`, or ask by `chat`; to a text of your own, "
+                f"`processor(..., num_thoughts={config.num_thoughts})` adds the block."
+            )
+        return input_ids == config.latent_token_id
+
+    def number_thoughts(self, input_ids, latent_mask, attention_mask, samples=None) -> torch.LongTensor:
+        """The number (from 1) of the thought at each position, (B, T), on the host; after [`check_thoughts`]."""
+        latent_mask = latent_mask.cpu()
+        length = latent_mask.shape[1]
+        attention_mask = attention_mask[:, -length:].cpu() if is_2d(attention_mask) else None
+        image_mask = torch.zeros_like(latent_mask)
+        if input_ids is not None:
+            image_mask = (input_ids == self.config.image_token_id).cpu()
+        check_thoughts(latent_mask, attention_mask, image_mask, samples)
+        return latent_mask.cumsum(dim=1) * latent_mask
 
 
 class MultiCoCoForConditionalGeneration(InternVLChatModel):
     r"""
-    InternVL that thinks in continuous thoughts.
+    InternVL that thinks in continuous thoughts: [`MultiCoCoModel`] and a language model's head.
 
     Example:
 
@@ -527,55 +392,60 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
     >>> add_thought_tokens(model, processor.tokenizer)  # doctest: +SKIP
     ```"""
 
-    def __init__(self, config: MultiCoCoConfig):
-        super().__init__(config)
-        for layer in self.model.language_model.layers:
-            layer._can_checkpoint_with_cache = True  # `forward` gives checkpointed layers a `PassCache` or no cache
+    backbone_class = MultiCoCoModel
 
+    @takes_original_order
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor | None = None,
         input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        image_flags: torch.Tensor | None = None,
-        num_patches_list: Sequence[int] | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        latent_mask: torch.BoolTensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
         labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        image_flags: torch.Tensor | None = None,
+        num_patches_list: Sequence[int] | None = None,
+        latent_mask: torch.BoolTensor | None = None,
+        use_cache: bool | None = None,
         return_thoughts: bool = False,
         edit_thoughts: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
         answer_sees: str = "all",
         **kwargs,
     ) -> tuple | MultiCoCoOutputWithPast:
         r"""
+        By position it takes transformers' order, or that of the original program, which begins with `pixel_values`.
+
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_tiles, 3, height, width)`, *optional*):
                 Tiles of all images of the batch, in order.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for real tokens. Padding may stand on either side.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Defaults to counting the real tokens of each row.
+                Defaults to counting the real tokens of each row. Without `attention_mask`, positions that start again
+                within a row mean that it is packed: its samples do not see each other.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Ids to predict, -100 where none is; shifted inside. The loss is the mean over all labels of the batch,
+                or their sum over `num_items_in_batch`. With `logits_to_keep` they may be those of the kept positions.
             image_flags (`torch.Tensor` of shape `(num_tiles,)` or `(num_tiles, 1)`, *optional*):
                 0 marks a dummy tile, which is encoded and then left out.
-            num_patches_list (`Sequence[int]`, *optional*):
+            num_patches_list (`Sequence[int]` or `torch.LongTensor`, *optional*):
                 Tiles of each image (without dummies); makes the check of tiles and tokens exact per sample.
             latent_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Where thoughts are fed. Defaults to the positions of `<|latent|>` in `input_ids`. If it is shorter than
                 `input_ids`, it is that of the prompt, and what follows holds no thought.
-            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Ids to predict, -100 where none is; shifted inside. The loss is the mean over all labels of the batch,
-                or their sum over `num_items_in_batch`.
             return_thoughts (`bool`, defaults to `False`): Return what was fed at the latent positions.
             edit_thoughts (`Callable`, *optional*):
                 `(thought (batch_size, hidden_size), index) -> thought`, called for every thought inside the loop, so
                 that later thoughts and the answer follow from the edited one. It gets all rows; those that do not
-                have this thought at this position are ignored, so swap rows only where thoughts are aligned.
+                have this thought at this position are ignored, so swap rows only where thoughts are aligned. In a
+                packed row thoughts are counted through.
             answer_sees (`str`, defaults to `"all"`):
                 What positions after the last thought may attend to: `"all"`, `"no_image"`, or `"thoughts_only"`
                 (the thoughts, and what comes after them). The thoughts themselves see everything before them.
@@ -584,65 +454,42 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             ValueError: tiles and `<IMG_CONTEXT>` tokens do not match; a thought that has no state before it, or that
                 stands in the padding or before an image; checkpointing that would give wrong gradients.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        if inputs_embeds is not None and (pixel_values is not None or mm_encoder_outputs):
-            raise ValueError("With `inputs_embeds`, place the images yourself: `inputs_embeds=model.fuse(...)`.")
-        use_cache = self._resolve_cache(use_cache, past_key_values)
-        tokens = input_ids if input_ids is not None else inputs_embeds[..., 0]  # (B, T)
-        check_shapes(tokens, past_key_values is not None, attention_mask, labels, latent_mask)
-
-        # All that the host must know about the batch is read and checked here, before any compute, and not again.
-        columns, numbers, tiles = [], None, None
-        if past_key_values is None or tokens.shape[1] > 1 or latent_mask is not None:  # not a step of decoding
-            if latent_mask is None:
-                latent_mask = self._latent_mask(input_ids)
-            if input_ids is not None and mm_encoder_outputs is None:
-                pixel_values, tiles = self._check_images(input_ids, pixel_values, image_flags, num_patches_list)
-            if latent_mask is not None:
-                padded = _pad(latent_mask, tokens.shape[1])
-                numbers = self._check_thoughts(input_ids, padded, attention_mask)  # (B, T), on the host
-                if self.config.mode != "pause" or edit_thoughts is not None or return_thoughts:
-                    columns = numbers.any(dim=0).nonzero().flatten().tolist()
-                if columns and attention_mask is not None and not _is_2d(attention_mask):
-                    raise ValueError("`attention_mask` must be (batch_size, sequence_length) when there are thoughts.")
+        labelled = None
         if labels is not None:
-            labelled = [index.to(tokens.device) for index in (labels[:, 1:].cpu() != -100).nonzero(as_tuple=True)]
+            tokens = tokens_of(input_ids, inputs_embeds)
+            labels = spread_labels(labels, tokens, logits_to_keep)
+            check_shapes(tokens, past_key_values is not None, None, labels, None)
+            labelled = (labels[:, 1:].cpu() != -100).nonzero(as_tuple=True)
             if len(labelled[0]) == 0 and kwargs.get("num_items_in_batch") is None:
                 raise ValueError("`labels` are all -100, so there is no loss. Give at least one position a label.")
-        if answer_sees != "all" and past_key_values is not None and int(past_key_values.get_seq_length()) > 0:
-            raise ValueError(
-                f"`answer_sees={answer_sees!r}` cannot continue `past_key_values`: which of its positions are to be "
-                "hidden is not known. Pass the whole sequence and no cache."
-            )
-        visible = self._visibility(answer_sees, input_ids, latent_mask) if answer_sees != "all" else None
-        position_ids = _positions(position_ids, attention_mask, tokens.shape[1])
-        if columns and _is_2d(attention_mask) and attention_mask.all():
-            attention_mask = None  # without padding the passes use kernels that take no mask
-
-        if inputs_embeds is None:
-            inputs_embeds = self.fuse(input_ids, pixel_values, tiles, mm_encoder_outputs)  # (B, T, D)
-        with _settled_rotary(self.model.language_model, position_ids if columns else None):
-            hidden_states, outputs, thoughts = self._think(
-                inputs_embeds,
-                columns=columns,
-                numbers=numbers,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                edit_thoughts=edit_thoughts,
-                visible=visible,
-                **kwargs,
-            )
-
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            mm_encoder_outputs=mm_encoder_outputs,
+            image_flags=image_flags,
+            num_patches_list=num_patches_list,
+            latent_mask=latent_mask,
+            use_cache=use_cache,
+            return_thoughts=return_thoughts,
+            edit_thoughts=edit_thoughts,
+            answer_sees=answer_sees,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state  # (B, T, D)
         loss = logits = None
-        if labels is not None:  # logits only where there is a label: (labels, V)
-            rows, positions = labelled
+        if labelled is not None:  # logits only where there is a label: (labels, V)
+            rows, positions = (index.to(hidden_states.device) for index in labelled)
             loss = self.loss_function(
                 logits=self.lm_head(hidden_states[rows, positions]),
                 labels=None,
-                shift_labels=labels[rows, positions + 1],
+                shift_labels=labels.to(hidden_states.device)[rows, positions + 1],
                 vocab_size=self.config.text_config.vocab_size,
                 **kwargs,
             )
@@ -651,171 +498,28 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
         return MultiCoCoOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs[-1].past_key_values,
-            hidden_states=_join_hidden_states(outputs),
-            attentions=_join_attentions(outputs),
-            thoughts=thoughts if return_thoughts else None,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            thoughts=outputs.thoughts,
         )
 
-    def _think(
-        self,
-        inputs_embeds,
-        columns,
-        numbers,
-        attention_mask,
-        position_ids,
-        past_key_values,
-        use_cache,
-        edit_thoughts,
-        visible,
-        **kwargs,
-    ):
+    def embed_thoughts(self, input_ids: torch.LongTensor | None = None, **inputs) -> torch.FloatTensor:
         """
-        The passes. `columns` are the positions that hold a thought in any row; `numbers` (B, T), on the host, holds 1
-        at the first thought of a row, 2 at its second and so on, 0 elsewhere.
+        The embeddings `(batch_size, sequence_length, hidden_size)` that the language model is fed, with images and
+        thoughts in their places. One plain pass over them gives what the passes give, so hooks, captum, nnsight,
+        exports and servers that take embeddings see one whole sequence:
 
-        Returns the last hidden states (B, T, D), the output of each pass, and the thoughts (B, num_thoughts, D).
+            embeds = model.embed_thoughts(**inputs)
+            model(inputs_embeds=embeds, latent_mask=torch.zeros(embeds.shape[:2], dtype=torch.bool), ...)
         """
-        language_model = self.model.language_model
-        batch_size, length, hidden_size = inputs_embeds.shape
-        num_thoughts = int(numbers.max()) if columns else 0
-        thoughts = [inputs_embeds.new_zeros(batch_size, hidden_size)] * num_thoughts
-        if columns:
-            device_numbers = numbers.to(inputs_embeds.device, non_blocking=True)
-            if use_cache and past_key_values is None:
-                past_key_values = DynamicCache(config=language_model.config)
-        past_length = attention_mask.shape[1] - length if _is_2d(attention_mask) else 0
-        num_surplus = 0
-        if _is_sharded(self) and numbers is not None:  # asked before the passes, which gather parameters themselves
-            num_passes = len(columns) + 1
-            num_surplus = _most_of_all_ranks(num_passes, inputs_embeds.device) - num_passes
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        inputs |= {"use_cache": False, "return_inputs_embeds": True, "return_dict": True}
+        return self.model(input_ids, **inputs).inputs_embeds
 
-        # transformers asks the device whether a 2D mask has padding, once per pass; a mask made here does not wait.
-        makes_mask = visible is not None or (columns and attention_mask is not None)
-        makes_mask = makes_mask and "flash" not in language_model.config._attn_implementation
-
-        cache, outputs, states = past_key_values, [], []
-        for start, stop in zip([0, *columns], [*columns, length], strict=True):
-            chunk = inputs_embeds[:, start:stop]  # (B, stop - start, D)
-            if start > 0:
-                first = chunk[:, 0]  # (B, D)
-                state = self._feed_back(states[-1][:, -1], first)
-                for number in sorted(set(numbers[:, start].tolist()) - {0}):
-                    thought = state if edit_thoughts is None else edit_thoughts(state, number - 1)
-                    rows = device_numbers[:, start, None] == number  # (B, 1)
-                    first = torch.where(rows, thought, first)
-                    thoughts[number - 1] = torch.where(rows, thought, thoughts[number - 1])
-                chunk = torch.cat([first[:, None], chunk[:, 1:]], dim=1)
-            if columns and past_key_values is None:
-                cache = PassCache(len(language_model.layers), previous=cache)
-            mask = attention_mask[:, : past_length + stop] if _is_2d(attention_mask) else attention_mask
-            positions = position_ids[:, start:stop] if position_ids is not None else None
-            if makes_mask:
-                mask = create_causal_mask(
-                    config=language_model.config,
-                    inputs_embeds=chunk,
-                    attention_mask=mask,
-                    past_key_values=cache,
-                    position_ids=positions,
-                    and_mask_function=visible,
-                    allow_is_causal_skip=False,
-                )
-            outputs.append(
-                language_model(
-                    inputs_embeds=chunk,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=use_cache,
-                    **kwargs,
-                )
-            )
-            states.append(outputs[-1].last_hidden_state)
-        hidden_states = torch.cat(states, dim=1) if columns else states[0]  # (B, T, D)
-        for _ in range(num_surplus):
-            surplus = language_model(inputs_embeds=inputs_embeds[:1, :1], use_cache=False).last_hidden_state
-            hidden_states = hidden_states + 0.0 * surplus.sum()
-        return hidden_states, outputs, torch.stack(thoughts, dim=1) if thoughts else None
-
-    def _feed_back(self, state, latent):
-        """The thought (B, D) that `state` (B, D) becomes where the embedding `latent` (B, D) stands."""
-        if self.config.mode in ("pause", "pause_loop"):
-            return latent
-        if self.config.thought_feedback == "identity":
-            return state
-        # Not the mean norm of all embeddings: under ZeRO-3 no rank has them, and this one can be learned.
-        norm = state.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(state.dtype).tiny)
-        return state * (latent.norm(dim=-1, keepdim=True) / norm)
-
-    def _resolve_cache(self, use_cache: bool | None, past_key_values: Cache | None) -> bool:
-        """Whether a cache is returned; refuses what activation checkpointing would silently compute wrongly."""
-        if use_cache is None:
-            use_cache = self.model.language_model.config.use_cache and not self.training
-        checkpointed = [layer for layer in self.model.language_model.layers if layer.gradient_checkpointing]
-        if not (checkpointed and self.training and torch.is_grad_enabled()):
-            return use_cache
-        if getattr(checkpointed[0]._gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False:
-            raise ValueError(
-                "Activation checkpointing is reentrant, expected non-reentrant: with thoughts its gradients are "
-                "wrong. Set `activation_checkpointing_kwargs={'use_reentrant': False}` (transformers' default)."
-            )
-        if past_key_values is not None:
-            raise ValueError(
-                "`past_key_values` cannot be used in training with activation checkpointing: a replayed layer would "
-                "write to it twice. Pass the whole sequence, or disable checkpointing."
-            )
-        return False
-
-    def _latent_mask(self, input_ids: torch.LongTensor | None) -> torch.BoolTensor | None:
-        if input_ids is None or self.config.latent_token_id is None:
-            return None
-        return input_ids == self.config.latent_token_id
-
-    def _check_thoughts(self, input_ids, latent_mask, attention_mask) -> torch.LongTensor:
-        """[`check_thoughts`] on the host, and the number (from 1) of the thought at each position, (B, T)."""
-        latent_mask = latent_mask.cpu()
-        length = latent_mask.shape[1]
-        attention_mask = attention_mask[:, -length:].cpu() if _is_2d(attention_mask) else None
-        image_mask = torch.zeros_like(latent_mask)
-        if input_ids is not None:
-            image_mask = (input_ids == self.config.image_token_id).cpu()
-        check_thoughts(latent_mask, attention_mask, image_mask)
-        return latent_mask.cumsum(dim=1) * latent_mask
-
-    def _hidden_from_answer(self, answer_sees, input_ids, latent_mask):
-        """Which positions follow the thoughts, and which ones those may not see; both (B, T)."""
-        if answer_sees not in ANSWER_SEES:
-            raise ValueError(f"`answer_sees` must be one of {', '.join(ANSWER_SEES)}, got {answer_sees!r}.")
-        if input_ids is None or latent_mask is None:
-            raise ValueError(f"`answer_sees={answer_sees!r}` needs `input_ids` of a model with thought tokens.")
-        block = latent_mask | (input_ids == self.config.start_latent_id)
-        if not block.any(dim=1).all():
-            raise ValueError(
-                f"`answer_sees={answer_sees!r}` needs a thought block in every sample, also if it holds no thought: "
-                f"write {START_LATENT_TOKEN}{END_LATENT_TOKEN} (`num_thoughts=0`)."
-            )
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        after = positions > (positions * block).amax(dim=1, keepdim=True)
-        hidden = input_ids == self.config.image_token_id if answer_sees == "no_image" else ~after & ~latent_mask
-        return after, hidden
-
-    def _visibility(self, answer_sees, input_ids, latent_mask):
-        """The rule of `answer_sees` as a mask function of transformers: `(batch, head, query, key) -> allowed`."""
-        length = None if latent_mask is None else latent_mask.shape[1]
-        after, hidden = self._hidden_from_answer(
-            answer_sees, None if input_ids is None else input_ids[:, :length], latent_mask
-        )
-        after, hidden = ~_pad(~after, input_ids.shape[1]), _pad(hidden, input_ids.shape[1])
-        if self.config._attn_implementation not in ("eager", "sdpa"):
-            raise ValueError(
-                f"`answer_sees={answer_sees!r}` needs attention masks, which {self.config._attn_implementation} does "
-                "not take. Load the model with `attn_implementation='sdpa'`."
-            )
-        last = input_ids.shape[1] - 1  # a static cache has keys beyond the prompt
-        return lambda batch, head, query, key: ~(after[batch, query] & hidden[batch, key.clamp(max=last)])
-
-    def _thought_block(self, num_thoughts: int | None) -> str:
-        num_thoughts = self.config.num_thoughts if num_thoughts is None else num_thoughts
+    def _thought_block(self, num_thoughts: int | str | None) -> str:
+        num_thoughts = self.config.num_thoughts if num_thoughts == OWN else num_thoughts
         return "" if num_thoughts is None else thought_block(num_thoughts)
 
     @torch.no_grad()
@@ -823,6 +527,7 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
         self,
         inputs: torch.LongTensor | None = None,
         generation_config: GenerationConfig | None = None,
+        *,
         latent_mask: torch.BoolTensor | None = None,
         return_thoughts: bool = False,
         **kwargs,
@@ -847,17 +552,22 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if kwargs.get("inputs_embeds") is not None and kwargs.get("pixel_values") is not None:
             raise ValueError("With `inputs_embeds`, place the images yourself: `inputs_embeds=model.fuse(...)`.")
-        if input_ids is not None:
+        tokens = input_ids
+        if tokens is None and kwargs.get("inputs_embeds") is not None:
+            tokens = kwargs["inputs_embeds"][..., 0]
+        if tokens is not None:
             has_past = kwargs.get("past_key_values") is not None
-            check_shapes(input_ids, has_past, kwargs.get("attention_mask"), None, latent_mask)
-        latent_mask = self._latent_mask(input_ids) if latent_mask is None else latent_mask
+            check_shapes(tokens, has_past, kwargs.get("attention_mask"), None, latent_mask)
+        latent_mask = self.model.latent_mask(input_ids, latent_mask, kwargs.get("past_key_values"))
         answer_sees = kwargs.get("answer_sees", "all")
         if answer_sees != "all":
-            self._visibility(answer_sees, input_ids, latent_mask)  # its checks: the tower runs before the prefill
+            answer_visibility(
+                self.config, answer_sees, input_ids, latent_mask
+            )  # its checks: the tower runs before the prefill
         if latent_mask is not None:
             if input_ids is not None:  # an assistant gets the mask of the prompt, and ids that have grown
-                latent_mask = _pad(latent_mask, input_ids.shape[1])
-            numbers = self._check_thoughts(input_ids, latent_mask, kwargs.get("attention_mask"))
+                latent_mask = pad_mask(latent_mask, input_ids.shape[1])
+            numbers = self.model.number_thoughts(input_ids, latent_mask, kwargs.get("attention_mask"))
             num_thoughts, trained = int(numbers.max()), self.config.num_thoughts
             if trained is not None and num_thoughts > trained:
                 logger.warning_once(
@@ -870,6 +580,9 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
                     "`prefill_chunk_size` cannot be used with thoughts: their passes are the chunks. Leave it out."
                 )
             kwargs["latent_mask"] = latent_mask
+        if generation_config is not None and "suppress_tokens" not in kwargs:  # it would replace the saved list
+            suppressed = {*(generation_config.suppress_tokens or []), *(self.generation_config.suppress_tokens or [])}
+            kwargs["suppress_tokens"] = sorted(suppressed) or None
         if return_thoughts:
             kwargs.update(thought_sink=[], return_dict_in_generate=True)
         output = super().generate(inputs, generation_config, **kwargs)
@@ -879,6 +592,32 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
                 thoughts = thoughts[:: len(thoughts) // len(latent_mask)]
             output["thoughts"] = thoughts
         return output
+
+    def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
+        """
+        [`~transformers.GenerationMixin.generate_batch`] (continuous batching), for prompts in words alone.
+
+        Raises:
+            ValueError: a prompt holds thoughts or images, for which its scheduler has no place; in its own thread
+                the error would not be heard.
+        """
+        for sample, ids in enumerate(inputs):
+            for name in ("latent_token_id", "image_token_id"):
+                if getattr(self.config, name) is not None and getattr(self.config, name) in list(ids):
+                    raise ValueError(
+                        f"Prompt {sample} of `inputs` holds the token of `config.{name}`, and continuous batching "
+                        "feeds tokens only: neither thoughts nor pictures. Use `generate`, which batches."
+                    )
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As [`~MultiCoCoForConditionalGeneration.generate_batch`], for those who add requests later."""
+        if self.config.num_thoughts:
+            raise ValueError(
+                f"`config.num_thoughts` is {self.config.num_thoughts}, and continuous batching feeds tokens only: its "
+                "answers would come without thoughts. Use `generate`, which batches."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -900,9 +639,9 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
         prompt_mask = attention_mask
         if cached and answer_sees != "all":  # every new token follows the thoughts: a 2D mask says what it may see
             length = latent_mask.shape[1]
-            _, hidden = self._hidden_from_answer(answer_sees, input_ids[:, :length], latent_mask)
+            _, hidden = hidden_from_answer(self.config, answer_sees, input_ids[:, :length], latent_mask)
             attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            attention_mask = attention_mask.masked_fill(_pad(hidden, attention_mask.shape[1]), 0)
+            attention_mask = attention_mask.masked_fill(pad_mask(hidden, attention_mask.shape[1]), 0)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -984,7 +723,7 @@ def add_thought_tokens(
     if model.lm_head.weight is not weights[0]:
         weights.append(model.lm_head.weight)
     for weight in weights:
-        with _gathered(weight), torch.no_grad():
+        with gathered(weight), torch.no_grad():
             precise = torch.promote_types(weight.dtype, torch.float32)
             weight[list(wanted.values())] = weight[source].to(precise).mean(dim=0).to(weight.dtype)
     for name, token_id in wanted.items():
@@ -994,15 +733,18 @@ def add_thought_tokens(
     model.generation_config.suppress_tokens = sorted(suppressed)
 
 
-def export_internvl(model: InternVLChatModel, save_directory: str) -> None:
+def export_internvl(
+    model: InternVLChatModel, save_directory: str, processor: MultiCoCoProcessor | None = None
+) -> None:
     """
     Saves a plain `InternVLForConditionalGeneration` with the same weights, which transformers and servers such as vLLM
-    load without this code. It has the written reasoning of a model, not its thoughts: a latent token is a word to it.
+    load without this code. It has the written reasoning of a model, not its thoughts: a latent token is a word to it,
+    so a `processor` is saved beside it with a chat template that writes no thought block.
 
     Raises:
         ValueError: the parameters are sharded over ranks or carry unmerged adapters.
     """
-    if _is_sharded(model):
+    if is_sharded(model):
         raise ValueError("`model` is sharded over ranks. Save it by `Trainer.save_model`, load that, and export.")
     values = model.config.to_dict()
     ours = set(MultiCoCoConfig.__dataclass_fields__) - set(InternVLConfig.__dataclass_fields__)
@@ -1024,124 +766,34 @@ def export_internvl(model: InternVLChatModel, save_directory: str) -> None:
     native.tie_weights()
     native.generation_config = copy.deepcopy(model.generation_config)
     native.save_pretrained(save_directory, save_original_format=False)
+    if processor is not None:
+        plain_processor(processor).save_pretrained(save_directory)
 
 
-def _as_list(counts) -> list[int] | None:
-    return counts.tolist() if isinstance(counts, torch.Tensor) else counts
+def tokens_of(input_ids, inputs_embeds) -> torch.Tensor:
+    """Something of shape (B, T): ids, or one number of each embedding."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+    return input_ids if input_ids is not None else inputs_embeds[..., 0]
 
 
-def _is_2d(attention_mask) -> bool:
-    return isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
-
-
-def _positions(position_ids, attention_mask, length: int):
-    """Positions that count the real tokens of each row; the language model's own default ignores the mask."""
-    if position_ids is None and _is_2d(attention_mask):
-        position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
-    return position_ids
-
-
-@contextlib.contextmanager
-def _settled_rotary(language_model: nn.Module, position_ids: torch.LongTensor | None):
+def spread_labels(labels: torch.LongTensor, tokens: torch.Tensor, logits_to_keep: int | torch.Tensor):
     """
-    InternVL3's rotary embedding is of the dynamic kind: each call asks the device for the largest position, to change
-    its frequencies beyond `max_position_embeddings`. Within, it is the plain one, so this asks once for all passes.
+    Labels `(batch_size, kept)` that go with the positions of `logits_to_keep`, in their places `(batch_size,
+    sequence_length)`: the logits of the i-th kept position predict label i + 1, whatever lies between (ms-swift).
     """
-    rotary = language_model.rotary_emb
-    limit = getattr(rotary, "original_max_seq_len", None)
-    is_dynamic = position_ids is not None and getattr(rotary, "rope_type", None) == "dynamic"
-    settled = is_dynamic and rotary.max_seq_len_cached == limit and int(position_ids.max()) < limit
-    if settled:
-        rotary.rope_type = "default"
-    try:
-        yield
-    finally:
-        if settled:
-            rotary.rope_type = "dynamic"
+    kept = torch.arange(tokens.shape[1], device=labels.device)
+    if isinstance(logits_to_keep, int):
+        kept = kept[-logits_to_keep:]  # 0 keeps all
+    else:
+        kept = kept[logits_to_keep.to(labels.device)]
+    if len(kept) == tokens.shape[1] or labels.dim() != 2 or labels.shape[1] != len(kept):
+        return labels
+    spread = labels.new_full((len(labels), tokens.shape[1]), -100)
+    spread[:, kept[0]] = labels[:, 0]
+    spread[:, kept[:-1] + 1] = labels[:, 1:]
+    return spread
 
 
-def _pad(mask: torch.BoolTensor, length: int) -> torch.BoolTensor:
-    return nn.functional.pad(mask, (0, max(0, length - mask.shape[1])))
-
-
-def _join_hidden_states(outputs):
-    if len(outputs) == 1 or outputs[0].hidden_states is None:
-        return outputs[0].hidden_states
-    return tuple(torch.cat(layer, dim=1) for layer in zip(*(output.hidden_states for output in outputs), strict=True))
-
-
-def _join_attentions(outputs):
-    """Attentions of all passes as (B, heads, T, T): a pass cannot see later keys, so their weight is 0."""
-    if len(outputs) == 1 or not outputs[0].attentions:
-        return outputs[0].attentions
-    num_keys = outputs[-1].attentions[0].shape[-1]
-    return tuple(
-        torch.cat([nn.functional.pad(weights, (0, num_keys - weights.shape[-1])) for weights in layer], dim=2)
-        for layer in zip(*(output.attentions for output in outputs), strict=True)
-    )
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether ranks gather parameters from each other, so that all must call all modules equally often."""
-    return _world_size() > 1 and (hasattr(next(model.parameters()), "ds_id") or is_fsdp_managed_module(model))
-
-
-def _most_of_all_ranks(count: int, device: torch.device) -> int:
-    most = torch.tensor(count, device=device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return int(most)
-
-
-def _gathered(weight: nn.Parameter):
-    """The whole of a parameter that ZeRO-3 has partitioned; what is written to it on rank 0 reaches all."""
-    if not hasattr(weight, "ds_id"):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
-
-
-AUTO_MAP = {
-    "AutoConfig": "configuration_multicoco.MultiCoCoConfig",
-    "AutoProcessor": "processing_multicoco.MultiCoCoProcessor",
-    **dict.fromkeys(
-        ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"),
-        "modeling_multicoco.MultiCoCoForConditionalGeneration",
-    ),
-}
-
-# Names of original and `-hf` checkpoints -> native names. Checked tensor by tensor in `tests/`.
-CHECKPOINT_NAMES = {
-    r"^vision_model.embeddings.class_embedding": "model.vision_tower.embeddings.cls_token",
-    r"^vision_model.embeddings.position_embedding": "model.vision_tower.embeddings.position_embeddings",
-    r"^vision_model.embeddings.patch_embedding": "model.vision_tower.embeddings.patch_embeddings.projection",
-    r"^vision_model.encoder.layers": "model.vision_tower.encoder.layer",
-    r"\.attn\.proj": ".attention.projection_layer",
-    r"\.attn\.q_norm": ".attention.q_norm",
-    r"\.attn\.k_norm": ".attention.k_norm",
-    r"\.norm1": ".layernorm_before",
-    r"\.norm2": ".layernorm_after",
-    r"\.ls1": ".lambda_1",
-    r"\.ls2": ".lambda_2",
-    r"^mlp1\.0": "model.multi_modal_projector.layer_norm",
-    r"^mlp1\.1": "model.multi_modal_projector.linear_1",
-    r"^mlp1\.3": "model.multi_modal_projector.linear_2",
-    r"^language_model\.lm_head": "lm_head",
-    r"^language_model\.model": "model.language_model",
-    r"^vision_tower": "model.vision_tower",
-    r"^multi_modal_projector": "model.multi_modal_projector",
-}
-for _class in (InternVLChatModel, MultiCoCoForConditionalGeneration):
-    _names = [WeightRenaming(source, target) for source, target in CHECKPOINT_NAMES.items()]
-    _names += [
-        WeightConverter(  # rows of q, k and v, in this order
-            f".attn.qkv.{kind}", [f".attention.{part}_proj.{kind}" for part in "qkv"], operations=[Chunk(dim=0)]
-        )
-        for kind in ("weight", "bias")
-    ]
-    register_checkpoint_conversion_mapping(_class.__name__, _names, overwrite=True)
+register_checkpoint_names(MultiCoCoForConditionalGeneration)
 MultiCoCoForConditionalGeneration.register_for_auto_class("AutoModel")

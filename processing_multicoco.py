@@ -8,15 +8,19 @@ and a budget of `k` thoughts becomes, at the start of the assistant's turn,
 
     <|start-latent|> <|latent|> x k <|end-latent|>
 
+The chat template writes that block, so whoever renders it has the thoughts: this processor, its tokenizer, a server.
 Nothing is ever cut, repeated or guessed: whatever does not fit is a `ValueError`. This file knows no model.
 """
 
+import copy
 import json
 import os
+import re
 from collections.abc import Sequence
 from io import BytesIO
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_transforms import to_pil_image
@@ -53,25 +57,117 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SYSTEM_MESSAGE = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
-CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n"
-    "{{ system_message | default("
-    + json.dumps(SYSTEM_MESSAGE, ensure_ascii=False)
-    + ", true) }}<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+# Default of every `num_thoughts` that may be left out: the checkpoint's own number. `None` always means no block.
+OWN = "own"  # a string: remote code imports this file again, and an object would not be the same one
+
+# The chat template, from its pieces. A block of thoughts is written where the assistant is about to speak, and at the
+# start of a last message of the assistant, so that it is part of every prefix of a conversation that ends there.
+_SYSTEM_START, _SYSTEM_END = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n{{ system_message | default(",
+    ", true) }}<|im_end|>\n{% endif %}",
+)
+_ROLE = "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+_CONTENT = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}" + IMAGE_PLACEHOLDER + "\n{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n"
+)
+_PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n"
+_BUDGET_START = f"{{%- set budget = num_thoughts if num_thoughts is defined and num_thoughts != '{OWN}' else "
+_BUDGET_END = (
+    " -%}\n{%- set block = '' -%}\n{%- if budget is not none -%}\n"
+    "{%- if budget is not integer or budget < 0 -%}\n"
+    "{{ raise_exception('`num_thoughts` must be an integer of at least 0, got ' ~ budget ~ '. Pass 0 for a block "
+    "without thoughts, or none for no block at all.') }}\n{%- endif -%}\n"
+    f"{{%- set block = '{START_LATENT_TOKEN}' ~ '{LATENT_TOKEN}' * budget ~ '{END_LATENT_TOKEN}' -%}}\n"
+    "{%- endif -%}\n"
+)
+_BUDGET = re.compile(f"({re.escape(_BUDGET_START)})(none|[0-9]+)")
+_BLOCK = "{{ block }}"
+_LAST_BLOCK = "{% if loop.last and not add_generation_prompt %}" + _BLOCK + "{% endif %}"
+
+_TURN, _ASSISTANT_TURN = "<|im_start|>", "<|im_start|>assistant\n"
+_BLOCK_TEXT = re.compile(
+    f"{re.escape(START_LATENT_TOKEN)}((?:{re.escape(LATENT_TOKEN)})*){re.escape(END_LATENT_TOKEN)}"
 )
 
 
-def chat_template(system_message: str | None = None) -> str:
-    """`CHAT_TEMPLATE` with another system message for conversations that bring none; `None` leaves InternVL's."""
-    if system_message is None:
-        return CHAT_TEMPLATE
-    quoted = [json.dumps(message, ensure_ascii=False) for message in (SYSTEM_MESSAGE, system_message)]
-    return CHAT_TEMPLATE.replace(*quoted)
+def chat_template(system_message: str | None = None, num_thoughts: int | None = None) -> str:
+    """
+    InternVL's `internvl2_5` prompts with a block of thoughts at the start of the turn that the assistant has last.
+
+    The template's variable `num_thoughts` is the number of thoughts, `none` for no block. Messages of the assistant
+    stand in `generation` tags, the block in front of them.
+
+    Args:
+        system_message (`str`, *optional*): For conversations that bring none; `None` leaves InternVL's.
+        num_thoughts (`int`, *optional*): What the variable is where it is not given.
+
+    Raises:
+        ValueError: `num_thoughts` is negative or not an integer.
+    """
+    if num_thoughts is not None:
+        thought_block(num_thoughts)  # checks the number
+    return (
+        f"{_BUDGET_START}{_jinja(num_thoughts)}{_BUDGET_END}"
+        + f"{_SYSTEM_START}{_quoted(SYSTEM_MESSAGE if system_message is None else system_message)}{_SYSTEM_END}{_ROLE}"
+        + "{% if message['role'] == 'assistant' %}"
+        + f"{_LAST_BLOCK}{{% generation %}}{_CONTENT}{{% endgeneration %}}{{% else %}}{_CONTENT}{{% endif %}}"
+        + f"{{% endfor %}}{_PROMPT}{_BLOCK}{{% endif %}}"
+    )
+
+
+def plain_chat_template(template: str | dict[str, str] | None) -> str | dict[str, str] | None:
+    """
+    A template, or several by name, without the code that writes thoughts: for a model that has none.
+
+    Raises:
+        ValueError: the template writes thoughts by code of its own.
+    """
+    if not isinstance(template, str):
+        return template and {name: plain_chat_template(text) for name, text in template.items()}
+    for code in (f"{_BUDGET_START}{_jinja(_read_budget(template))}{_BUDGET_END}", _LAST_BLOCK, _BLOCK):
+        template = template.replace(code, "")
+    if START_LATENT_TOKEN in template or LATENT_TOKEN in template:
+        raise ValueError(
+            f"`chat_template` writes {LATENT_TOKEN} by code of its own, which cannot be taken out of it. Give the "
+            "processor a template without thoughts, such as `chat_template()`, and export again."
+        )
+    return template
+
+
+def _jinja(num_thoughts: int | None) -> str:
+    return "none" if num_thoughts is None else str(num_thoughts)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _read_budget(template) -> int | None | str:
+    """The number that a template writes where none is given; [`OWN`] if it has no such default."""
+    if isinstance(template, dict):
+        template = template.get("default")
+    found = _BUDGET.search(template or "")
+    return OWN if found is None else None if found[2] == "none" else int(found[2])
+
+
+def _write_budget(template, num_thoughts: int | None):
+    """The template, or several by name, with another default; one that has none stays as it is."""
+    if isinstance(template, dict):
+        return {name: _write_budget(text, num_thoughts) for name, text in template.items()}
+    return template and _BUDGET.sub(rf"\g<1>{_jinja(num_thoughts)}", template, count=1)
+
+
+def _upgrade(template):
+    """A template of multicoco 0.1.0, which left the block to the processor, as today's with its system message."""
+    end = f"{_SYSTEM_END}{_ROLE}{_CONTENT}{{% endfor %}}{_PROMPT}{{% endif %}}"
+    if isinstance(template, str) and template.startswith(_SYSTEM_START) and template.endswith(end):
+        return chat_template(json.loads(template[len(_SYSTEM_START) : -len(end)]))
+    return template
+
+
+CHAT_TEMPLATE = chat_template()
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -96,6 +192,25 @@ def thought_block(num_thoughts: int) -> str:
     return START_LATENT_TOKEN + LATENT_TOKEN * num_thoughts + END_LATENT_TOKEN
 
 
+def split_thought_block(text: str) -> tuple[str, int | None, str]:
+    """
+    Cuts a text where its block of thoughts is, or would be: at the start of a last turn of the assistant, else at its
+    end.
+
+    Returns:
+        What stands before the block, its number of thoughts (`None`: there is no block), and what stands after it.
+        Markers elsewhere are left where they are.
+    """
+    start = text.rfind(_TURN)
+    if start < 0 or not text.startswith(_ASSISTANT_TURN, start):
+        return text, None, ""
+    place = start + len(_ASSISTANT_TURN)
+    block = _BLOCK_TEXT.match(text, place)
+    if block is None:
+        return text[:place], None, text[place:]
+    return text[:place], len(block[1]) // len(LATENT_TOKEN), text[block.end() :]
+
+
 def expand_image_tokens(text: str, num_patches_list: Sequence[int], num_image_token: int, sample: int = 0) -> str:
     """
     Replaces each `<image>` of one text by the run of visual tokens of its image.
@@ -110,12 +225,7 @@ def expand_image_tokens(text: str, num_patches_list: Sequence[int], num_image_to
         ValueError: the text has more or fewer `<image>` than images, an image has no tile, or the text itself holds
             a token that only the processor may write.
     """
-    for token in RESERVED_TOKENS:
-        if token in text:
-            raise ValueError(
-                f"Sample {sample}: `text` contains {token}, which only the processor may write. Remove or rephrase "
-                f"it; mark the place of an image by {IMAGE_PLACEHOLDER} and ask for thoughts by `num_thoughts`."
-            )
+    _refuse_reserved(text, sample)
     parts = text.split(IMAGE_PLACEHOLDER)
     if len(parts) - 1 != len(num_patches_list):
         raise ValueError(
@@ -134,6 +244,59 @@ def expand_image_tokens(text: str, num_patches_list: Sequence[int], num_image_to
     return expanded
 
 
+def _refuse_reserved(text: str, sample: int):
+    for token in RESERVED_TOKENS:
+        if token in text:
+            raise ValueError(
+                f"Sample {sample}: `text` contains {token}, which only the processor may write. Remove or rephrase "
+                f"it; mark the place of an image by {IMAGE_PLACEHOLDER} and ask for thoughts by `num_thoughts`."
+            )
+
+
+def check_saved_budget(name_or_path: str | os.PathLike, num_thoughts: int | None | str = OWN, **hub_kwargs):
+    """
+    Compares the numbers of thoughts that the files of a checkpoint hold: `config.json`, `processor_config.json` and
+    the chat template. A file that is not there says nothing.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): Folder or Hub name.
+        num_thoughts (`int`, *optional*): The configuration's number, if it was read already.
+        hub_kwargs: Arguments for [`~transformers.utils.cached_file`], such as `revision`.
+
+    Raises:
+        ValueError: they differ, so that prompts would carry other thoughts than the model was trained with.
+    """
+
+    def read(filename):
+        path = cached_file(name_or_path, filename, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if path is None:
+            return None
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+
+    found = {}
+    if num_thoughts == OWN:
+        config = json.loads(read("config.json") or "{}")
+        if config.get("model_type") == MultiCoCoConfig.model_type:
+            num_thoughts = config.get("num_thoughts")  # the file leaves out what is None
+    if num_thoughts != OWN:
+        found["config.json"] = num_thoughts
+    processor = json.loads(read("processor_config.json") or "{}")
+    if "num_thoughts" in processor:
+        found["processor_config.json"] = processor["num_thoughts"]
+    baked = _read_budget(read("chat_template.jinja"))
+    if baked != OWN:
+        found["the chat template"] = baked
+    if len(set(found.values())) > 1:
+        numbers = ", ".join(f"{number} in {place}" for place, number in found.items())
+        right = found.get("config.json", "N")
+        raise ValueError(
+            f"`num_thoughts` of {name_or_path} is {numbers}, expected one number: prompts would carry other thoughts "
+            f'than the model was trained with. Run `MultiCoCoProcessor.from_pretrained("{name_or_path}", '
+            f'num_thoughts={right}).save_pretrained("{name_or_path}")`.'
+        )
+
+
 class MultiCoCoProcessor(ProcessorMixin):
     r"""
     Joins a GotOcr2 image processor (InternVL's tiling, on Pillow: no torchvision needed) and a fast tokenizer.
@@ -146,10 +309,15 @@ class MultiCoCoProcessor(ProcessorMixin):
         num_image_token (`int`, defaults to 256):
             Visual tokens per tile, [`MultiCoCoConfig.num_image_token`].
         num_thoughts (`int`, *optional*):
-            Budget that [`~MultiCoCoProcessor.apply_chat_template`] uses when none is given; saved with the processor,
-            so that an evaluation uses what the training ended with. `None` writes no thought block.
+            Budget that the chat template writes when none is given; saved with the processor, so that an evaluation
+            uses what the training ended with. `None` writes no thought block. The default is that of
+            `chat_template`. May be set later: processor, tokenizer and template stay in step.
         chat_template (`str`, *optional*):
-            Jinja template; defaults to InternVL's `internvl2_5` prompts.
+            Jinja template, which becomes the tokenizer's too; defaults to InternVL's `internvl2_5` prompts, see
+            [`~processing_multicoco.chat_template`].
+        return_num_patches_list (`bool`, defaults to `True`):
+            Return the tiles of each image, by which the model checks each sample. `False` for a program that hands
+            every key on to a function with fixed names (trl's GRPO and RLOO); the model then checks totals only.
 
     Example:
 
@@ -168,23 +336,86 @@ class MultiCoCoProcessor(ProcessorMixin):
         image_processor=None,
         tokenizer=None,
         num_image_token: int = 256,
-        num_thoughts: int | None = None,
-        chat_template: str | None = None,
+        num_thoughts: int | None | str = OWN,
+        chat_template: str | dict[str, str] | None = None,
+        return_num_patches_list: bool = True,
     ):
-        if num_thoughts is not None:
-            thought_block(num_thoughts)  # checks the number
         if not isinstance(image_processor, GotOcr2ImageProcessorPil):  # torchvision's resize gives other pixels
             image_processor = GotOcr2ImageProcessorPil.from_dict(image_processor.to_dict())
+        chat_template = chat_template or CHAT_TEMPLATE
+        if num_thoughts == OWN:
+            num_thoughts = _read_budget(chat_template)
+            num_thoughts = None if num_thoughts == OWN else num_thoughts
+        if num_thoughts is not None:
+            thought_block(num_thoughts)  # checks the number
+        self._num_thoughts = num_thoughts
         prepare_tokenizer(tokenizer)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        super().__init__(image_processor, tokenizer)
         self.num_image_token = num_image_token
-        self.num_thoughts = num_thoughts
+        self.return_num_patches_list = return_num_patches_list
+        self.chat_template = chat_template
+
+    @property
+    def num_thoughts(self) -> int | None:
+        """Thoughts that prompts carry by default; setting it writes the number into the chat templates."""
+        return self._num_thoughts
+
+    @num_thoughts.setter
+    def num_thoughts(self, num_thoughts: int | None):
+        if num_thoughts is not None:
+            thought_block(num_thoughts)  # checks the number
+        self._num_thoughts = num_thoughts
+        self._chat_template = _write_budget(self._chat_template, num_thoughts)
+        self.tokenizer.chat_template = _write_budget(self.tokenizer.chat_template, num_thoughts)
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The template, which is the tokenizer's too; the processor's number is written into it."""
+        return self._chat_template
+
+    @chat_template.setter
+    def chat_template(self, template: str | dict[str, str] | None):
+        self._chat_template = _write_budget(template, self._num_thoughts)
+        if "tokenizer" in self.__dict__:  # the base class sets the template before it
+            self.tokenizer.chat_template = self._chat_template
+
+    @property
+    def image_seq_length(self) -> int:
+        """`num_image_token` under transformers' name."""
+        return self.num_image_token
+
+    # The names of transformers' `InternVLProcessor`, for those who read them; a text marks an image by `<image>`.
+    image_token, start_image_token, end_image_token = IMAGE_CONTEXT_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN
+
+    @property
+    def image_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.image_token)
+
+    @property
+    def start_image_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.start_image_token)
+
+    @property
+    def end_image_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.end_image_token)
+
+    @property
+    def image_token_ids(self) -> list[int]:
+        return [self.image_token_id, self.start_image_token_id, self.end_image_token_id]
+
+    def to_dict(self) -> dict:
+        """As [`~transformers.ProcessorMixin.to_dict`], which sees no properties."""
+        return {**super().to_dict(), "num_thoughts": self.num_thoughts}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *, num_thoughts: int | None | str = OWN, **kwargs):
         """
         Loads a processor of our own, or makes one for a transformers or an original InternVL checkpoint from its
-        tokenizer and configuration; no remote code is run.
+        tokenizer and configuration; no remote code is run. A given `num_thoughts` replaces the saved one.
+
+        Raises:
+            ValueError: the files of the checkpoint hold different numbers of thoughts, and `num_thoughts` is not
+                given; see [`~processing_multicoco.check_saved_budget`].
         """
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
         path = cached_file(
@@ -195,8 +426,15 @@ class MultiCoCoProcessor(ProcessorMixin):
         )
         if path is not None:
             with open(path, encoding="utf-8") as file:
-                if json.load(file).get("processor_class") == cls.__name__:
-                    return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+                is_own = json.load(file).get("processor_class") == cls.__name__
+            if is_own:
+                if num_thoughts == OWN:
+                    check_saved_budget(pretrained_model_name_or_path, **hub_kwargs)
+                processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+                processor.chat_template = _upgrade(processor.chat_template)
+                if num_thoughts != OWN:
+                    processor.num_thoughts = num_thoughts
+                return processor
         config = MultiCoCoConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         with open(cached_file(pretrained_model_name_or_path, "config.json", **hub_kwargs), encoding="utf-8") as file:
             raw_config = json.load(file)
@@ -221,7 +459,7 @@ class MultiCoCoProcessor(ProcessorMixin):
             image_processor,
             tokenizer,
             num_image_token=config.num_image_token,
-            num_thoughts=kwargs.get("num_thoughts", config.num_thoughts),
+            num_thoughts=config.num_thoughts if num_thoughts == OWN else num_thoughts,
             chat_template=kwargs.get("chat_template", chat_template(config.system_message)),
         )
 
@@ -235,7 +473,8 @@ class MultiCoCoProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         videos=None,
         audio=None,
-        num_thoughts: int | None = None,
+        *,
+        num_thoughts: int | None | str = OWN,
         **kwargs,
     ) -> BatchFeature:
         r"""
@@ -244,30 +483,37 @@ class MultiCoCoProcessor(ProcessorMixin):
         Args:
             images (image, path, URL, or list of them, or one list per text, *optional*):
                 The images of each text, in order. A flat list is dealt out by the placeholders of the texts. Images
-                are converted to RGB first (transparency is dropped), as InternVL does.
+                are converted to RGB first (transparency is dropped), as InternVL does. `None` in the place of a
+                list is a text without images.
             text (`str` or `list[str]`):
-                Prompts with one `<image>` per image.
+                Prompts with one `<image>` per image, and at most the one block of thoughts that the chat template
+                writes at the start of a last turn of the assistant.
             num_thoughts (`int`, *optional*):
-                Appends a block of this many thoughts to each prompt; with `None` no block.
+                Puts a block of this many thoughts at the start of a last turn of the assistant, else at the end of
+                each prompt; it takes the place of one that is there, and `None` removes it. By default prompts keep
+                what they have.
             kwargs:
                 Arguments of the tokenizer (`padding`, `return_tensors`, ...) and of the image processor
-                (`max_patches`, `min_patches`, ...). `max_length` is a limit that raises, never a cut.
+                (`max_patches`, `min_patches`, ...). `max_length` is a limit that raises, never a cut, with or
+                without `truncation`.
 
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`, `pixel_values`
-            of shape `(sum of tiles, 3, height, width)` if there are images, and `num_patches_list`, a list with the
-            number of tiles of each image of the batch.
+            of shape `(sum of tiles, 3, height, width)` and `num_patches_list`, the number of tiles of each image of
+            the batch (`(num_images,)` integers with `return_tensors="pt"`, else a list), if there are images.
 
         Raises:
             ValueError: placeholders and images do not match, an image cannot be read or is empty, the text holds a
-                reserved token, a prompt is longer than `max_length`, or the budget of thoughts or tiles is not valid.
+                reserved token elsewhere or an image behind the thoughts, a prompt is longer than `max_length`, or the
+                budget of thoughts or tiles is not valid.
         """
-        if videos is not None or audio is not None:
+        if not (_is_nothing(videos) and _is_nothing(audio)):
             raise ValueError("`videos` and `audio` are not supported. Pass frames of a video as `images`.")
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(item, str) for item in texts):
             raise ValueError(f"`text` must be a string or a non-empty list of strings, got {text!r:.100}.")
-        block = "" if num_thoughts is None else thought_block(num_thoughts)
+        if num_thoughts not in (None, OWN):
+            thought_block(num_thoughts)  # checks the number
         nested_images = _nest_images(images, texts)
         kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = kwargs["text_kwargs"], kwargs["images_kwargs"]
@@ -288,11 +534,52 @@ class MultiCoCoProcessor(ProcessorMixin):
 
         counts = iter(num_patches_list)
         nested_counts = [[next(counts) for _ in sample_images] for sample_images in nested_images]
-        prompts = [prompt + block for prompt in self.expand_image_tokens(list(texts), nested_counts)]
+        prompts = [
+            self._write(item, counts, num_thoughts, sample)
+            for sample, (item, counts) in enumerate(zip(texts, nested_counts, strict=True))
+        ]
+        wants_offsets = text_kwargs.pop("return_text_replacement_offsets", False)
         data.update(self._tokenize(prompts, text_kwargs))
-        features = BatchFeature(data, tensor_type=text_kwargs.get("return_tensors"))
-        features["num_patches_list"] = num_patches_list  # stays a list: it is read on the host, before any compute
+        return_tensors = text_kwargs.get("return_tensors")
+        features = BatchFeature(data, tensor_type=return_tensors)
+        if num_patches_list and self.return_num_patches_list:  # set here: `to(device, dtype)` must leave counts alone
+            as_tensor = return_tensors == "pt"
+            features["num_patches_list"] = torch.tensor(num_patches_list) if as_tensor else num_patches_list
+        if wants_offsets:  # for the mask of the assistant's tokens
+            features["text_replacement_offsets"] = [
+                self._offsets(item, counts, num_thoughts) for item, counts in zip(texts, nested_counts, strict=True)
+            ]
         return features
+
+    def _write(self, text: str, num_patches_list: list[int], num_thoughts: int | None | str, sample: int) -> str:
+        """The text with its image runs and its block of thoughts, the given one or its own."""
+        before, own, after = split_thought_block(text)
+        num_thoughts = own if num_thoughts == OWN else num_thoughts
+        if num_thoughts is None:
+            return expand_image_tokens(before + after, num_patches_list, self.num_image_token, sample)
+        if IMAGE_PLACEHOLDER in after:
+            raise ValueError(
+                f"Sample {sample}: `text` has {IMAGE_PLACEHOLDER} in the assistant's turn, after its thoughts, which "
+                "could not see that image. Put the images into the question."
+            )
+        before = expand_image_tokens(before, num_patches_list, self.num_image_token, sample)
+        _refuse_reserved(after, sample)
+        return before + thought_block(num_thoughts) + after
+
+    def _offsets(self, text: str, num_patches_list: list[int], num_thoughts: int | None | str) -> list[dict]:
+        """What [`_write`] replaced, in transformers' form: characters before and after, in order."""
+        before, own, after = split_thought_block(text)
+        run = len(IMAGE_START_TOKEN + IMAGE_END_TOKEN), len(IMAGE_CONTEXT_TOKEN) * self.num_image_token
+        places = zip(re.finditer(re.escape(IMAGE_PLACEHOLDER), text), num_patches_list, strict=True)
+        edits = [(*match.span(), run[0] + run[1] * tiles) for match, tiles in places]
+        if num_thoughts != OWN:
+            length = 0 if num_thoughts is None else len(thought_block(num_thoughts))
+            edits.append((len(before), len(text) - len(after), length))
+        offsets, shift = [], 0
+        for start, end, length in sorted(edits):
+            offsets.append({"span": (start, end), "new_span": (start + shift, start + shift + length)})
+            shift += length - (end - start)
+        return offsets
 
     def expand_image_tokens(self, text: str | list[str], num_patches_list: list[int] | list[list[int]]):
         """
@@ -335,21 +622,20 @@ class MultiCoCoProcessor(ProcessorMixin):
             )
 
     def _tokenize(self, prompts: list[str], text_kwargs: dict) -> dict:
-        if text_kwargs.pop("truncation", None):
-            raise ValueError(
-                "`truncation` is not supported: it would cut visual tokens or thoughts. Shorten the text, or lower "
-                "`max_patches`."
-            )
-        max_length = text_kwargs.get("max_length")
+        truncation = text_kwargs.pop("truncation", None) not in (None, False, "do_not_truncate")
+        limit, name = text_kwargs.get("max_length"), "`max_length`"
         if text_kwargs.get("padding") not in ("max_length",):
             text_kwargs.pop("max_length", None)
-        if max_length is not None:
+        if limit is None and truncation:
+            limit, name = self.tokenizer.model_max_length, "the tokenizer's `model_max_length`"
+        if limit is not None:
             lengths = [len(ids) for ids in self.tokenizer(prompts)["input_ids"]]
             for sample, length in enumerate(lengths):
-                if length > max_length:
+                if length > limit:
                     raise ValueError(
-                        f"Sample {sample}: the prompt has {length} tokens, more than `max_length` {max_length}. "
-                        "Nothing is truncated: raise `max_length`, shorten the text, or lower `max_patches`."
+                        f"Sample {sample}: the prompt has {length} tokens, more than {name} {limit}. Nothing is "
+                        "truncated, it would cut visual tokens or thoughts: raise the limit, shorten the text, or "
+                        "lower `max_patches`."
                     )
         return self.tokenizer(prompts, **{**text_kwargs, "return_attention_mask": True})
 
@@ -357,10 +643,19 @@ class MultiCoCoProcessor(ProcessorMixin):
         self,
         conversation,
         chat_template: str | None = None,
-        num_thoughts: int | None = None,
+        tools: list[dict] | None = None,
+        documents: list[dict] | None = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
         tokenize: bool = False,
+        return_tensors: str | None = "auto",
+        return_dict: bool = False,
+        load_audio_from_video: bool = False,
         processor_kwargs: dict | None = None,
+        sanitize_control_tokens: bool = False,
+        *,
+        num_thoughts: int | None | str = OWN,
         **kwargs,
     ):
         r"""
@@ -371,57 +666,110 @@ class MultiCoCoProcessor(ProcessorMixin):
                 Messages. Their content is a string with one `<image>` per image, or a list of parts
                 `{"type": "image", "image" | "path" | "url": ...}` and `{"type": "text", "text": ...}`.
             num_thoughts (`int`, *optional*):
-                Thoughts before the answer, at the start of the assistant's turn (needs `add_generation_prompt=True`
-                and `tokenize=True`). Defaults to the processor's own `num_thoughts`.
+                Thoughts before the answer, at the start of the assistant's turn: the one that
+                `add_generation_prompt=True` opens, or a last message of the assistant. Defaults to the processor's own
+                `num_thoughts`; `None` is no block.
 
         Raises:
             ValueError: as in [`~MultiCoCoProcessor.__call__`], or a part of another type, or thoughts without an
-                assistant's turn to put them in.
+                assistant's turn to put them in, or without `tokenize=True` by a template that does not write them.
         """
         conversations = [conversation] if conversation and isinstance(conversation[0], dict) else conversation
         if not conversations or not all(conversations):
             raise ValueError(f"`conversation` must hold at least one message, got {conversation!r}.")
         for sample, messages in enumerate(conversations):
-            for message in messages:
-                parts = message.get("content") or []
-                for part in [] if isinstance(parts, str) else parts:
-                    if part.get("type") not in ("text", "image", "image_url"):
-                        raise ValueError(
-                            f"Sample {sample}: content of type {part.get('type')!r} is not supported, expected 'text' "
-                            "or 'image'. Pass frames of a video as images."
-                        )
-        if num_thoughts is not None and not (add_generation_prompt and tokenize):
+            self._check_messages(messages, sample)
+        processor_kwargs = dict(processor_kwargs or {})
+        asked = processor_kwargs.pop("num_thoughts", OWN) if num_thoughts == OWN else num_thoughts
+        budget = self.num_thoughts if asked == OWN else asked
+        if budget is not None:
+            thought_block(budget)  # checks the number
+        has_place = [
+            bool(add_generation_prompt) or messages[-1].get("role") == "assistant" for messages in conversations
+        ]
+        if asked not in (None, OWN) and not all(has_place):
             raise ValueError(
-                "`num_thoughts` needs `add_generation_prompt=True` and `tokenize=True`: thoughts stand at the start "
-                "of the assistant's turn. To tokenize later, pass it to the processor with the text."
+                f"`num_thoughts` needs `add_generation_prompt=True` or a last message of the assistant, got {asked} "
+                f"and neither in sample {has_place.index(False)}: thoughts stand at the start of the assistant's turn."
             )
-        if num_thoughts is None and add_generation_prompt and tokenize:
-            num_thoughts = self.num_thoughts
-        if num_thoughts is not None:
-            processor_kwargs = {**(processor_kwargs or {}), "num_thoughts": num_thoughts}
+        template = self._template_text(chat_template) or ""
+        if "num_thoughts" in template:
+            kwargs["num_thoughts"] = budget
+        kwargs |= {
+            "chat_template": chat_template,
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        if _read_budget(template) == OWN and all(has_place) and (asked != OWN or (tokenize and budget is not None)):
+            # A template of another: where it does not write the block, the processor can, if it finds the place.
+            texts = super().apply_chat_template(conversation, **kwargs)
+            for sample, text in enumerate([texts] if isinstance(texts, str) else texts):
+                before, written, _ = split_thought_block(text)
+                is_open = add_generation_prompt or before.endswith(_ASSISTANT_TURN)
+                if written != budget and not (tokenize and is_open):
+                    raise ValueError(
+                        f"Sample {sample}: `num_thoughts` is {budget}, but `chat_template` writes {written}. Use one "
+                        "of `chat_template()`, or pass `num_thoughts` to the processor with the text."
+                    )
+            processor_kwargs["num_thoughts"] = budget
         return super().apply_chat_template(
             conversation,
-            chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
             tokenize=tokenize,
+            return_tensors=return_tensors,
+            return_dict=return_dict,
+            load_audio_from_video=load_audio_from_video,
             processor_kwargs=processor_kwargs,
+            sanitize_control_tokens=sanitize_control_tokens,
             **kwargs,
         )
+
+    def _check_messages(self, messages, sample: int):
+        for message in messages:
+            parts = message.get("content") or []
+            for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
+                if part.get("type") not in ("text", "image", "image_url"):
+                    raise ValueError(
+                        f"Sample {sample}: content of type {part.get('type')!r} is not supported, expected 'text' "
+                        "or 'image'. Pass frames of a video as images."
+                    )
+                if part["type"] == "text":
+                    _refuse_reserved(part.get("text") or "", sample)
+
+    def _template_text(self, name_or_template: str | None) -> str | None:
+        """The template that `apply_chat_template` uses: the own, one of several by name, or the one that is given."""
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        return templates.get(name_or_template or "default", name_or_template)
+
+
+def plain_processor(processor: MultiCoCoProcessor) -> MultiCoCoProcessor:
+    """A copy whose chat template has no code for thoughts, for an exported model that has none."""
+    processor = copy.deepcopy(processor)
+    processor.num_thoughts = None
+    processor.chat_template = plain_chat_template(processor.chat_template)
+    return processor
+
+
+def _is_nothing(value) -> bool:
+    """None, or a list that holds nothing else."""
+    return value is None or (isinstance(value, (list, tuple)) and all(map(_is_nothing, value)))
 
 
 def _nest_images(images, texts: Sequence[str]) -> list[list]:
     """One list of images per text, from whatever form the caller chose."""
-    if images is None:
+    if _is_nothing(images):
         return [[] for _ in texts]
     if not isinstance(images, (list, tuple)):
         images = [images]
-    if any(isinstance(item, (list, tuple)) for item in images):
+    if any(item is None or isinstance(item, (list, tuple)) for item in images):
         if len(images) != len(texts):
             raise ValueError(
                 f"`images` has {len(images)} lists for {len(texts)} texts. Give one list per text, an empty one for a "
                 "text without images."
             )
-        return [list(item) if isinstance(item, (list, tuple)) else [item] for item in images]
+        return [list(item) if isinstance(item, (list, tuple)) else [] if item is None else [item] for item in images]
     wanted = [text.count(IMAGE_PLACEHOLDER) for text in texts]
     if sum(wanted) != len(images):
         raise ValueError(

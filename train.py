@@ -28,7 +28,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens
-from multicoco.configuration_multicoco import FEEDBACKS
+from multicoco.configuration_multicoco import STATE_FEEDBACKS, feedback_of
 from multicoco.data_multicoco import ANSWER_MARK, CurriculumArguments, ReasoningCollator, StageDataset, load_records
 from multicoco.intervals import wilson_interval
 from multicoco.memory import PARTS, estimate_memory, worst_batches
@@ -62,7 +62,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "How a state becomes a thought; the checkpoint's own way if not given.",
-            "choices": list(FEEDBACKS),
+            "choices": list(STATE_FEEDBACKS),
         },
     )
     attn_implementation: str | None = field(
@@ -255,7 +255,7 @@ def load_model(model_args: ModelArguments, args: TrainingArguments, processor: M
 def show_memory(model_args: ModelArguments, args: TrainingArguments, dataset: StageDataset, processor):
     """Parts, sum and peak of the step that needs most memory: the longest records of the worst stage."""
     config = MultiCoCoConfig.from_pretrained(model_args.model_name_or_path)
-    config.mode = dataset.curriculum.mode
+    config.thought_feedback = feedback_of(dataset.curriculum.mode, config.thought_feedback)
     config.text_config.vocab_size = max(config.text_config.vocab_size, len(processor.tokenizer))
     deepspeed = getattr(args, "hf_deepspeed_config", None)
     offload = deepspeed and deepspeed.get_value("zero_optimization.offload_param.device") == "cpu"

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from .configuration_multicoco import feedback_of
 from .data_multicoco import CurriculumArguments, ReasoningCollator, StageDataset
 
 
@@ -76,6 +77,7 @@ class CurriculumCallback(TrainerCallback):
         num_thoughts = self.curriculum.num_thoughts(self.stage)
         config = model.config
         config.mode, config.stage, config.num_thoughts = self.curriculum.mode, self.stage, num_thoughts
+        config.thought_feedback = feedback_of(self.curriculum.mode, config.thought_feedback)
         config.c_thought, config.max_latent_stage = self.curriculum.c_thought, self.curriculum.max_latent_stage
         if hasattr(processing_class, "num_thoughts"):
             processing_class.num_thoughts = num_thoughts

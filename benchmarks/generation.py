@@ -12,7 +12,10 @@ scaled by the batch; its image is encoded once and its head reads one position, 
 import statistics
 
 import torch
-from passes import (
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+from multicoco.benchmarks.passes import (
     HEADER,
     SHAPES,
     BenchmarkArguments,
@@ -28,8 +31,6 @@ from passes import (
     run_prefix,
     time_ratio,
 )
-from transformers import HfArgumentParser
-from transformers.utils import logging
 
 
 FASTER_GOAL = 10.0

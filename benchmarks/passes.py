@@ -421,11 +421,11 @@ def describe(args: BenchmarkArguments, model, batch: dict, what: str) -> None:
 
 def check_same_work(native, model, batch) -> None:
     """With the latents read as words, multicoco's loss must be native InternVL's, or the comparison means nothing."""
-    mode, model.config.mode = model.config.mode, "pause"
+    feedback, model.config.thought_feedback = model.config.thought_feedback, "latent_one_pass"
     native.train(), model.train()
     with torch.no_grad():
         expected, loss = native_loss(native, batch), model(**batch).loss
-    model.config.mode = mode
+    model.config.thought_feedback = feedback
     tolerance = 1e-4 if expected.dtype == torch.float32 else 2e-2
     if not torch.allclose(loss, expected, rtol=tolerance):
         raise RuntimeError(f"The two models differ: native loss {float(expected)}, multicoco {float(loss)}.")

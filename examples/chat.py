@@ -11,6 +11,7 @@ import argparse
 from transformers import TextStreamer
 
 from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor
+from multicoco.processing_multicoco import OWN
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         pictures = []  # they stay in the first message
         inputs = processor.apply_chat_template(
             messages,
-            num_thoughts=args.num_thoughts,
+            num_thoughts=OWN if args.num_thoughts is None else args.num_thoughts,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

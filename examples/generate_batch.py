@@ -11,6 +11,7 @@ import json
 
 from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor
 from multicoco.data_multicoco import load_records, question_text
+from multicoco.processing_multicoco import OWN
 
 
 def main(arguments: list[str] | None = None):
@@ -30,19 +31,19 @@ def main(arguments: list[str] | None = None):
 
     processor = MultiCoCoProcessor.from_pretrained(args.model)
     model = MultiCoCoForConditionalGeneration.from_pretrained(args.model, dtype="auto", device_map="auto")
-    num_thoughts = model.config.num_thoughts if args.num_thoughts is None else args.num_thoughts
+    num_thoughts = OWN if args.num_thoughts is None else args.num_thoughts
     records = load_records(args.data, needs_steps=False, needs_answer=False)
     with open(args.output, "w", encoding="utf-8") as file:
         for start in range(0, len(records), args.batch_size):
             batch = records[start : start + args.batch_size]
             prompts = processor.apply_chat_template(
                 [[{"role": "user", "content": question_text(record)}] for record in batch],
+                num_thoughts=num_thoughts,
                 add_generation_prompt=True,
             )
             inputs = processor(
                 images=[record["images"] for record in batch],
                 text=prompts,
-                num_thoughts=num_thoughts,
                 padding=True,
                 return_tensors="pt",
             ).to(model.device, model.dtype)

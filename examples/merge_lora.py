@@ -35,12 +35,13 @@ def main(arguments: list[str] | None = None):
     trained = MultiCoCoConfig.from_pretrained(args.adapters)
     for name in ("mode", "stage", "num_thoughts", "c_thought", "max_latent_stage", "thought_feedback"):
         setattr(model.config, name, getattr(trained, name))
+    processor.num_thoughts = trained.num_thoughts
     model.to(MultiCoCoConfig.from_pretrained(base).dtype)
     if args.export:
-        export_internvl(model, args.output_dir)
+        export_internvl(model, args.output_dir, processor)
     else:
         model.save_pretrained(args.output_dir)
-    processor.save_pretrained(args.output_dir)
+        processor.save_pretrained(args.output_dir)
 
 
 if __name__ == "__main__":

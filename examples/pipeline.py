@@ -24,9 +24,10 @@ def main(arguments: list[str] | None = None) -> str:
 
     ask = pipeline("image-text-to-text", model=args.model, trust_remote_code=True)
     content = [{"type": "image", "url": args.image}, {"type": "text", "text": args.question}]
+    budget = {} if args.num_thoughts is None else {"num_thoughts": args.num_thoughts}  # of the chat template
     answers = ask(
         text=[{"role": "user", "content": content}],
-        num_thoughts=args.num_thoughts,
+        **budget,
         max_new_tokens=args.max_new_tokens,
         return_full_text=False,
     )

@@ -143,6 +143,12 @@ def evaluate(strategy, folder, name, num_labels, results):
     output = strategy.wrapped(**batch, num_items_in_batch=torch.tensor(num_labels))
     results[f"{name}.eval.loss"] = output.loss.reshape(1)
     results[f"{name}.eval.logits"] = output.logits
+    del batch["labels"]
+    for mode in (False, True):  # as others call it: the unwrapped backbone, and a head of their own
+        strategy.model.train(mode)
+        hidden_states = strategy.model.base_model(**batch, use_cache=False).last_hidden_state
+        results[f"{name}.backbone.{'train' if mode else 'eval'}"] = strategy.model.lm_head(hidden_states)
+    strategy.wrapped.eval()
 
 
 def generate(strategy, folder, name, case, results):

@@ -111,10 +111,6 @@ TILES = {
         lambda inputs: _drop_token(inputs, 1, move_to=0),
         ["Sample 0", "run of 9", "12 visual features"],
     ),
-    "list_nested_by_sample": (
-        lambda inputs: {**inputs, "num_patches_list": [[2], [1]]},
-        ["`num_patches_list` is [[2], [1]]", "one positive integer for each image", "do not nest"],
-    ),
     "list_with_an_empty_image": (
         lambda inputs: {**inputs, "num_patches_list": [2, 0, 1]},
         ["`num_patches_list` is [2, 0, 1]", "one positive integer", "Leave out"],
@@ -586,12 +582,14 @@ def test_too_long_input_is_not_cut(processor):
 
 
 @pytest.mark.parametrize("truncation", [True, "longest_first"])
-def test_truncation_is_refused(processor, truncation):
-    assert_refused(lambda: processor(text="a b c", truncation=truncation, max_length=50), "`truncation`", "visual")
+def test_truncation_that_would_cut_is_refused(processor, truncation):
+    text = "a b c " * 20
+    call = lambda: processor(text=text, truncation=truncation, max_length=12)  # noqa: E731
+    assert_refused(call, "Sample 0", "more than `max_length` 12", "visual tokens or thoughts")
     call = lambda: processor.apply_chat_template(  # noqa: E731
-        _saying("a"), **PROMPT, processor_kwargs={"truncation": truncation}
+        _saying(text), **PROMPT, processor_kwargs={"truncation": truncation, "max_length": 12}
     )
-    assert_refused(call, "`truncation`")
+    assert_refused(call, "Sample 0", "more than `max_length` 12")
 
 
 @pytest.mark.parametrize("num_thoughts", [-1, True, 2.0, "2"])
@@ -607,8 +605,8 @@ def test_budget_that_is_not_a_count(processor, num_thoughts):
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"tokenize": True}, {"add_generation_prompt": True}, {}],
-    ids=["no_generation_prompt", "no_tokenizing", "neither"],
+    [{"tokenize": True}, {}],
+    ids=["no_generation_prompt", "neither"],
 )
 def test_budget_without_a_place_for_it(processor, kwargs):
     assert_refused(

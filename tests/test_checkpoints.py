@@ -485,7 +485,7 @@ INVALID = {
     "num_thoughts_float": (dict(num_thoughts=2.0), "`num_thoughts` must be an integer of at least 0, got 2.0"),
     "thought_feedback": (
         dict(thought_feedback="mlp"),
-        "`thought_feedback` must be one of identity, rms_match, got 'mlp'",
+        "`thought_feedback` must be one of identity, rms_match, latent, latent_one_pass, got 'mlp'",
     ),
     "mode": (dict(mode="thinking"), "`mode` must be one of coconut, cot, .* got 'thinking'"),
     "ratio_uneven": (dict(downsample_ratio=0.3), "`downsample_ratio` must divide the 4 x 4 patches .* got 0.3"),
@@ -769,7 +769,7 @@ processor = AutoProcessor.from_pretrained(folder, **settings)
 prompt = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 )
-facts["processor"] = [type(processor).__name__, prompt.pop("num_patches_list")]
+facts["processor"] = [type(processor).__name__, prompt.pop("num_patches_list").tolist()]
 outputs.update({f"processor.{name}": value for name, value in prompt.items()})
 tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
 facts["tokenizer"] = tokenizer("<|start-latent|><|latent|><IMG_CONTEXT>Hello")["input_ids"]
@@ -840,7 +840,7 @@ def test_auto_classes_load_the_folder_where_multicoco_cannot_be_imported(model, 
     prompt = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    assert facts["processor"] == ["MultiCoCoProcessor", prompt["num_patches_list"]]
+    assert facts["processor"] == ["MultiCoCoProcessor", prompt["num_patches_list"].tolist()]
     for name in ("input_ids", "attention_mask", "pixel_values"):
         assert torch.equal(outputs[f"processor.{name}"], prompt[name])
     assert (outputs["processor.input_ids"] == LATENT_ID).sum() == 2

@@ -222,7 +222,10 @@ def test_thoughts_that_all_samples_share_are_called_collapsed(reports):
 def test_pause_thoughts_are_not_shown_to_be_used_though_zeros_do_harm(folder, tmp_path, trails_processor):
     """What is the same for every sample carries nothing: unfamiliar input is not evidence."""
     model = plant(trails_processor, 1)
-    model.config.mode = "pause_loop"  # a thought is the latent token's embedding: it carries one colour for all
+    model.config.mode, model.config.thought_feedback = (
+        "pause_loop",
+        "latent",
+    )  # a thought is the latent token's embedding: it carries one colour for all
     table = model.get_input_embeddings().weight.data
     table[model.config.latent_token_id, CARRIED] = 5
     records = [json.loads(line) for line in (folder / "trails" / "cells.jsonl").read_text().splitlines()]

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor
 from multicoco.examples import chat, custom_data, generate_batch, pipeline
+from multicoco.processing_multicoco import OWN
 
 
 PICTURES = [str(GOLDEN / "internvl" / "images" / f"{name}.png") for name in ("square", "wide")]
@@ -21,9 +22,9 @@ def saved(shared_model, processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples") / "model"
     shared_model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    for name in ("config.json", "processor_config.json"):
-        content = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({**content, "num_thoughts": 2}))
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "num_thoughts": 2}))
+    MultiCoCoProcessor.from_pretrained(folder, num_thoughts=2).save_pretrained(folder)
     return str(folder)
 
 
@@ -32,7 +33,7 @@ def pixels_of(processor, pictures):
     return inputs["pixel_values"], inputs["num_patches_list"]
 
 
-def asked(saved, pictures, *questions, num_thoughts=None, max_new_tokens=5):
+def asked(saved, pictures, *questions, num_thoughts=OWN, max_new_tokens=5):
     """The answers of InternVL's own interface, to one question after the other."""
     processor = MultiCoCoProcessor.from_pretrained(saved)
     model = MultiCoCoForConditionalGeneration.from_pretrained(saved, dtype="auto")
@@ -105,10 +106,10 @@ def test_records_of_the_example_add_up():
         assert sum(number for number, colour in colours if colour != (255, 255, 255)) == (red + blue) * 101**2
 
 
-@pytest.mark.parametrize("num_thoughts", [None, 4], ids=["own budget", "asked for"])
+@pytest.mark.parametrize("num_thoughts", [OWN, 4], ids=["own budget", "asked for"])
 def test_the_pipeline_answers_as_the_model(saved, num_thoughts, capsys):
     flags = ["--model", saved, "--image", PICTURES[0], "--question", "How many?", "--max_new_tokens", "5"]
-    if num_thoughts is not None:
+    if num_thoughts != OWN:
         flags += ["--num_thoughts", str(num_thoughts)]
     answer = pipeline.main(flags)
     assert answer.strip() == asked(saved, PICTURES[:1], "How many?", num_thoughts=num_thoughts)[0]

@@ -10,7 +10,7 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from conftest import CHECKPOINT, GOLDEN
+from conftest import CHECKPOINT, FLOAT32_INSIDE, GOLDEN
 from PIL import Image
 from reference import training
 from safetensors.torch import load_file
@@ -188,7 +188,7 @@ def test_train_batch_features_logits_and_loss_equal_the_original(model, flags):
         output = model(**batch)
         counted = model(**batch, num_patches_list=[3, 1])  # of the images; the dummy is none
     real = batch["attention_mask"].bool()
-    close(output.logits[real], golden["logits"][real], atol=1e-6)
+    close(output.logits[real], golden["logits"][real], atol=FLOAT32_INSIDE)
     close(output.loss.double(), golden["loss"], rtol=2e-6)
     close(counted.logits, output.logits)
 
@@ -262,7 +262,7 @@ def test_one_sample_alone_equals_itself_in_the_batch(model):
                 pixel_values=batch["pixel_values"][tiles],
                 image_flags=batch["image_flags"][tiles],
             )
-        close(alone.logits[0], golden["logits"][row, real], atol=1e-6)
+        close(alone.logits[0], golden["logits"][row, real], atol=FLOAT32_INSIDE)
         first_tile += num_tiles
 
 
@@ -277,9 +277,9 @@ def test_a_cached_second_pass_sees_the_image_like_the_original(model):
         return model(input_ids=ids[:, split:], attention_mask=mask, past_key_values=first.past_key_values).logits
 
     with torch.no_grad():
-        close(model(input_ids=ids, pixel_values=pixel_values).logits, golden["logits_full"], atol=1e-6)
+        close(model(input_ids=ids, pixel_values=pixel_values).logits, golden["logits_full"], atol=FLOAT32_INSIDE)
         logits, negated = second_pass(pixel_values), second_pass(-pixel_values)
-    close(logits, golden["logits_second_pass"], atol=1e-6)
+    close(logits, golden["logits_second_pass"], atol=FLOAT32_INSIDE)
     expected = FACTS["cached_second_pass"]["logit_change_at_those_positions_with_negated_images"]
     assert float((negated - logits).abs().max()) == pytest.approx(expected, abs=1e-6)
 

@@ -21,6 +21,8 @@ from reference import (
     widened,
 )
 
+from multicoco.configuration_multicoco import feedback_of
+
 
 HIDDEN = 64
 NUM_NEW = 6
@@ -552,7 +554,7 @@ def latent_row(model):
 def test_pause_equals_a_plain_forward_with_the_latent_embedding(model, make_batch, case, mode, checkpointing):
     batch = make_batch(**case)
     expected_loss, expected = loss_and_grads(model, lambda: reference_loss(model, batch, latent_row(model)))
-    model.config.mode = mode
+    model.config.thought_feedback = feedback_of(mode, "identity")
     with training(model, checkpointing):
         loss, grads = loss_and_grads(model, lambda: model(**model_inputs(batch)).loss)
     torch.testing.assert_close(loss, expected_loss, atol=1e-11, rtol=0)
@@ -564,7 +566,7 @@ def test_pause_equals_a_plain_forward_with_the_latent_embedding(model, make_batc
 @all_batches
 def test_logits_of_pause_are_those_of_transformers_own_forward(model, make_batch, case, mode):
     """With all positions taken from the embedding table, nothing is left that a plain InternVL would not do."""
-    model.config.mode = mode
+    model.config.thought_feedback = feedback_of(mode, "identity")
     batch = make_batch(**case)
     with torch.no_grad(), widened():
         logits = model(**inputs_of(batch)).logits
@@ -577,7 +579,7 @@ def test_logits_of_pause_are_those_of_transformers_own_forward(model, make_batch
 @all_caches
 @pytest.mark.parametrize("mode", ["pause", "pause_loop"])
 def test_generation_of_pause_equals_full_recompute(model, make_batch, cache, mode):
-    model.config.mode = mode
+    model.config.thought_feedback = feedback_of(mode, "identity")
     batch = prompts_of(make_batch)
     with torch.no_grad(), widened():
         assert_greedy(model, batch, generated_tokens(model, batch, **cache), edit_thoughts=latent_row(model))
@@ -586,7 +588,7 @@ def test_generation_of_pause_equals_full_recompute(model, make_batch, cache, mod
 @restrictions
 @pytest.mark.parametrize("mode", ["pause", "pause_loop"])
 def test_restrictions_of_pause_equal_a_plain_pass(model, make_batch, mode, answer_sees):
-    model.config.mode = mode
+    model.config.thought_feedback = feedback_of(mode, "identity")
     batch = make_batch((2, 3, 0), ((1,), (2,), ()), padding="left")
     with torch.no_grad(), widened():
         logits = model(**inputs_of(batch), answer_sees=answer_sees).logits
@@ -597,7 +599,7 @@ def test_restrictions_of_pause_equal_a_plain_pass(model, make_batch, mode, answe
 
 @pytest.mark.parametrize("mode", ["pause", "pause_loop"])
 def test_thoughts_of_pause_are_the_latent_embedding_and_can_be_edited(model, make_batch, mode):
-    model.config.mode = mode
+    model.config.thought_feedback = feedback_of(mode, "identity")
     batch = make_batch((2, 3), ((1,), (2,)))
     with torch.no_grad(), widened():
         thoughts = model(**inputs_of(batch), return_thoughts=True).thoughts
@@ -645,7 +647,7 @@ WIDTHS = {
 @pytest.mark.parametrize(("case", "calls"), WIDTHS.values(), ids=WIDTHS.keys())
 @pytest.mark.parametrize("mode", ["coconut", "pause", "pause_loop"])
 def test_aligned_thoughts_take_one_call_each_and_no_token_twice(model, make_batch, case, calls, mode, checkpointing):
-    model.config.mode = mode
+    model.config.thought_feedback = feedback_of(mode, "identity")
     batch = make_batch(**case)
     with training(model, checkpointing), recorded_widths(model.model.language_model) as widths:
         model(**model_inputs(batch))
@@ -657,7 +659,7 @@ def test_aligned_thoughts_take_one_call_each_and_no_token_twice(model, make_batc
 @pytest.mark.parametrize("cache", [{}, CACHES["static"]], ids=["dynamic", "static"])
 @pytest.mark.parametrize(("mode", "passes"), [("coconut", 4), ("pause", 1), ("pause_loop", 4)])
 def test_generation_takes_the_passes_once_and_one_call_a_token(model, make_batch, mode, passes, cache):
-    model.config.mode = mode
+    model.config.thought_feedback = feedback_of(mode, "identity")
     batch = prompts_of(make_batch, (3, 3), ((1,), (2,)))
     tiles = []
     handle = model.model.vision_tower.register_forward_hook(lambda module, args, output: tiles.append(output))

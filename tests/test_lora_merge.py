@@ -160,6 +160,9 @@ def test_a_checkpoint_is_exported_as_a_plain_internvl(folder, trainer):
     assert not info["missing_keys"]
     ours = MultiCoCoForConditionalGeneration.from_pretrained(folder / "merged_checkpoint", dtype="auto")
     processor = MultiCoCoProcessor.from_pretrained(folder / "plain")
+    assert processor.num_thoughts is None
+    for path in (folder / "plain").glob("*.jinja"):
+        assert "latent" not in path.read_text(encoding="utf-8")  # a server would write thoughts as words
     inputs = processor(images=[PICTURE], text="<image>\nHow many?", return_tensors="pt")
     expected = logits_of(ours, inputs)
     del inputs["num_patches_list"]

@@ -47,7 +47,11 @@ def same_inputs(one, other):
     for name in ("input_ids", "attention_mask", "pixel_values"):
         if name in one:
             torch.testing.assert_close(torch.as_tensor(one[name]), torch.as_tensor(other[name]), rtol=0, atol=0)
-    assert one["num_patches_list"] == other["num_patches_list"]
+    assert list(one.get("num_patches_list", [])) == list(other.get("num_patches_list", []))
+
+
+def len_or_none(images):
+    return str(len(images or []))
 
 
 @pytest.fixture
@@ -68,8 +72,8 @@ def test_batch_equals_single_samples(processor, num_thoughts):
     for row, (text, sample) in enumerate(zip(texts, images, strict=True)):
         alone = processor(images=sample or None, text=text, num_thoughts=num_thoughts, return_tensors="pt")
         assert real_ids(batch, row) == alone["input_ids"][0].tolist()
-        counts = batch["num_patches_list"][first_image : first_image + len(sample)]
-        assert counts == alone["num_patches_list"]
+        counts = batch["num_patches_list"][first_image : first_image + len(sample)].tolist()
+        assert counts == torch.as_tensor(alone.get("num_patches_list", [])).tolist()
         assert run_lengths(real_ids(batch, row)) == [4 * count for count in counts]
         if sample:
             tiles = batch["pixel_values"][first_tile : first_tile + sum(counts)]
@@ -161,8 +165,8 @@ def test_flat_images_are_dealt_out_by_the_placeholders(processor):
 def test_text_only_has_no_pixel_values(processor):
     for images in (None, [], [[]]):
         inputs = processor(images=images, text="just text", return_tensors="pt")
-        assert set(inputs) == {"input_ids", "attention_mask", "num_patches_list"}
-        assert inputs["num_patches_list"] == []
+        assert set(inputs) == {"input_ids", "attention_mask"}
+        assert set(processor(images=images, text="just text")) == {"input_ids", "attention_mask"}
 
 
 @pytest.mark.parametrize("num_thoughts", [0, 1, 5])
@@ -284,9 +288,9 @@ def test_batch_of_conversations_equals_single_ones(processor, num_thoughts):
             processor_kwargs={"max_patches": 3},
         )
         assert real_ids(batch, row) == alone["input_ids"][0].tolist()
-        counts += alone["num_patches_list"]
+        counts += torch.as_tensor(alone.get("num_patches_list", [])).tolist()
         tiles += list(alone.get("pixel_values", []))
-    assert batch["num_patches_list"] == counts
+    assert batch["num_patches_list"].tolist() == counts
     torch.testing.assert_close(batch["pixel_values"], torch.stack(tiles), rtol=0, atol=0)
 
 
@@ -310,7 +314,7 @@ def test_own_tiles_give_the_ids_of_the_processor(processor):
 
 def test_saved_processor_loads_equal(own_processor, tmp_path):
     own_processor.num_thoughts = 3
-    own_processor.chat_template = own_processor.chat_template.replace("assistant", "helper")
+    own_processor.chat_template = own_processor.chat_template.replace("<image>\n", "Picture: <image>\n")
     own_processor.save_pretrained(tmp_path)
     messages = [
         {"role": "user", "content": [{"type": "image", "image": picture("wide")}, {"type": "text", "text": "?"}]}
@@ -380,7 +384,7 @@ def test_hf_folder_gives_the_same_inputs_as_the_original_folder(processor, hf_fo
         {"role": "user", "content": [{"type": "image", "image": picture("tall")}, {"type": "text", "text": "Hm?"}]}
     ]
     expected = processor.apply_chat_template(messages, **PROMPT, num_thoughts=2, return_tensors="pt")
-    assert expected["num_patches_list"] != [1]
+    assert expected["num_patches_list"].tolist() != [1]
     same_inputs(loaded.apply_chat_template(messages, **PROMPT, num_thoughts=2, return_tensors="pt"), expected)
 
 
@@ -435,8 +439,89 @@ def test_return_tensors(processor):
     assert tensors["input_ids"].dtype == torch.int64
     assert tensors["pixel_values"].dtype == torch.float32
     same_inputs(lists, tensors)
-    for inputs in (lists, tensors):  # read on the host, so never a tensor
-        assert all(type(count) is int for count in inputs["num_patches_list"])
+    assert all(type(count) is int for count in lists["num_patches_list"])
+    assert isinstance(lists["num_patches_list"], list)
+    assert tensors["num_patches_list"].dtype == torch.int64
+    assert tensors["num_patches_list"].shape == (1,)
+
+
+@pytest.mark.parametrize("images", [None, [picture("gray")], [picture("tall"), picture("big")]], ids=len_or_none)
+def test_inputs_can_be_moved_one_by_one(processor, images):
+    """As clients move them; a cast to another float leaves what counts alone."""
+    inputs = processor(images=images, text="<image>" * len(images or []) + "a", return_tensors="pt")
+    moved = {name: value.to("cpu") for name, value in inputs.items()}
+    assert moved.keys() == inputs.keys()
+    cast = processor(images=images, text="<image>" * len(images or []) + "a", return_tensors="pt").to(
+        "cpu", torch.bfloat16
+    )
+    assert [cast[name].dtype for name in ("input_ids", "attention_mask")] == [torch.int64] * 2
+    if images:
+        assert torch.equal(cast["num_patches_list"], inputs["num_patches_list"])
+        assert (cast["num_patches_list"].dtype, len(cast["num_patches_list"])) == (torch.int64, len(images))
+
+
+def test_a_program_with_fixed_names_can_leave_out_the_counts(own_processor, tmp_path):
+    """trl's GRPO and RLOO hand every key on to a function that does not know this one."""
+    own_processor.return_num_patches_list = False
+    own_processor.save_pretrained(tmp_path)
+    for processor in (own_processor, MultiCoCoProcessor.from_pretrained(tmp_path)):
+        inputs = processor(images=picture("big"), text="<image>", return_tensors="pt")
+        assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
+
+
+EMPTIES = [[], (), [[]], [[], []], [None], [[None]], [None, []]]
+
+
+@pytest.mark.parametrize("empty", EMPTIES, ids=str)
+@pytest.mark.parametrize("name", ["videos", "audio", "images"])
+def test_empty_lists_are_none(processor, name, empty):
+    """Evaluations give a list for each kind of input, whatever the question has."""
+    texts = ["Why?"] * max(1, len(empty))
+    same_inputs(processor(text=texts, **{name: empty}), processor(text=texts))
+    given = {"videos": empty, "audio": empty, "images": [picture("gray")]}
+    same_inputs(processor(text="<image> a", **given), processor(text="<image> a", images=[picture("gray")]))
+    if name == "images":
+        with pytest.raises(ValueError, match="Sample 0: `text` has 1 <image> but 0 images"):
+            processor(text=["<image> a", *texts[1:]], images=empty)
+
+
+def test_none_stands_for_the_images_of_a_text_without_any(processor):
+    texts = ["a", "<image> b", "c", "<image><image> d"]
+    images = [picture(name) for name in ("gray", "tall", "wide")]
+    nested = processor(images=[[], images[:1], [], images[1:]], text=texts, padding=True, return_tensors="pt")
+    for given in ([None, images[0], None, images[1:]], [None, images[:1], [], images[1:]]):
+        same_inputs(processor(images=given, text=texts, padding=True, return_tensors="pt"), nested)
+    with pytest.raises(ValueError, match="Sample 0, image 1 .*cannot be read"):  # but not for one of several
+        processor(images=[[images[0], None]], text="<image><image>")
+
+
+@pytest.mark.parametrize("truncation", [True, "longest_first", "only_first"])
+def test_truncation_passes_where_it_would_cut_nothing(own_processor, truncation):
+    """trl always asks for it; lm-eval does without a limit."""
+    call = lambda **kwargs: own_processor(images=picture("gray"), text="<image> a", num_thoughts=2, **kwargs)  # noqa: E731
+    expected = call()
+    length = len(expected["input_ids"][0])
+    same_inputs(call(truncation=truncation, max_length=length), expected)
+    same_inputs(call(truncation=truncation), expected)
+    with pytest.raises(ValueError, match=f"{length} tokens, more than `max_length` {length - 1}"):
+        call(truncation=truncation, max_length=length - 1)
+    own_processor.tokenizer.model_max_length = length
+    same_inputs(call(truncation=truncation), expected)
+    own_processor.tokenizer.model_max_length = length - 1
+    same_inputs(call(), expected)  # no limit was asked for
+    with pytest.raises(
+        ValueError, match=f"{length} tokens, more than the tokenizer's `model_max_length` {length - 1}"
+    ):
+        call(truncation=truncation)
+
+
+def test_public_names_of_the_native_processor(processor):
+    convert = processor.tokenizer.convert_tokens_to_ids
+    assert processor.image_seq_length == processor.num_image_token == 4
+    assert (processor.image_token, processor.image_token_id) == ("<IMG_CONTEXT>", convert("<IMG_CONTEXT>"))
+    assert (processor.start_image_token, processor.end_image_token) == ("<img>", "</img>")
+    ids = [processor.image_token_id, processor.start_image_token_id, processor.end_image_token_id]
+    assert processor.image_token_ids == ids == convert(["<IMG_CONTEXT>", "<img>", "</img>"])
 
 
 def test_decoding_restores_the_text(processor):

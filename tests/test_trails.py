@@ -307,7 +307,7 @@ def test_prompt_is_short_and_the_picture_arrives_pixel_by_pixel(trails_processor
     tokens = trails_processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
     assert tokens.count("<IMG_CONTEXT>") == 16
     assert len(tokens) == 34
-    assert inputs["num_patches_list"] == [1]
+    assert inputs["num_patches_list"].tolist() == [1]
     with Image.open(pictures / record["images"][0]) as image:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

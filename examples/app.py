@@ -1,0 +1,75 @@
+"""A page in the browser: a picture, a question, a slider for the number of thoughts, and the answer.
+
+    pip install -e '.[app]'
+    python examples/app.py --model me/multicoco-1b
+
+Move the slider and ask again to see what the thoughts are worth. Its middle is what the checkpoint was trained with.
+"""
+
+import argparse
+
+import gradio as gr
+from PIL import Image
+
+from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor
+
+
+def build(model_path: str, max_new_tokens: int = 512) -> gr.Blocks:
+    """The page, with the checkpoint loaded; its function answers under the name `ask` too, for programs."""
+    processor = MultiCoCoProcessor.from_pretrained(model_path)
+    model = MultiCoCoForConditionalGeneration.from_pretrained(model_path, dtype="auto", device_map="auto")
+    budget = processor.num_thoughts  # None: trained without a block of thoughts
+
+    def ask(picture: Image.Image | None, question: str, num_thoughts: int | None) -> str:
+        if not (question or "").strip():
+            raise gr.Error("Ask something: the question is empty.", print_exception=False)
+        pictures = [] if picture is None else [{"type": "image", "image": picture}]
+        messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": question.strip()}]}]
+        try:
+            inputs = processor.apply_chat_template(
+                messages,
+                num_thoughts=num_thoughts if budget is None else int(num_thoughts),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            ).to(model.device, model.dtype)
+        except ValueError as error:  # what cannot be asked, in the processor's words
+            raise gr.Error(str(error), print_exception=False) from error
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens)
+        return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    with gr.Blocks(title="multicoco") as page:
+        gr.Markdown("## Ask about a picture\nThe model thinks in continuous thoughts before its first word.")
+        with gr.Row():
+            picture = gr.Image(label="Picture", type="pil", image_mode="RGB", height=360)
+            with gr.Column():
+                question = gr.Textbox(label="Question", lines=2, placeholder="How many cars are parked?")
+                num_thoughts = gr.Slider(
+                    0,
+                    2 * budget if budget else 1,
+                    value=budget,
+                    step=1,
+                    label="Thoughts",
+                    info=f"Trained with {budget}.",
+                    visible=budget is not None,
+                )
+                button = gr.Button("Ask", variant="primary")
+                answer = gr.Textbox(label="Answer", lines=3, buttons=["copy"])
+        gr.on([button.click, question.submit], ask, [picture, question, num_thoughts], answer, api_name="ask")
+    return page
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Folder that train.py wrote, or its name on the Hub.")
+    parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for other machines too.")
+    parser.add_argument("--port", type=int, default=7860, help="Port to listen on.")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="Longest answer.")
+    args = parser.parse_args(arguments)
+
+    build(args.model, args.max_new_tokens).launch(server_name=args.host, server_port=args.port)
+
+
+if __name__ == "__main__":
+    main()
