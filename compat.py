@@ -84,10 +84,11 @@ def checkpointed_with_cache(layers: Sequence[nn.Module]):
 
     Upstream: the flag as a property of the cache, which is what knows whether it can be replayed.
     """
-    for layer in layers:
+    checkpointed = [layer for layer in layers if layer.gradient_checkpointing and layer.training]
+    for layer in checkpointed:
         layer._can_checkpoint_with_cache = True
     try:
         yield
     finally:
-        for layer in layers:
-            del layer._can_checkpoint_with_cache
+        for layer in checkpointed:
+            layer._can_checkpoint_with_cache = False

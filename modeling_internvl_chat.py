@@ -360,6 +360,11 @@ class InternVLChatModel(InternVLForConditionalGeneration):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.lm_head.weight is not model.get_input_embeddings().weight:
             model.config.tie_word_embeddings = False  # the native default, True, is also that of `-hf` files
+        if model.config.num_thoughts and cls.backbone_class is InternVLChatBackbone:
+            logger.warning_once(
+                f"{pretrained_model_name_or_path} was trained with {model.config.num_thoughts} thoughts, which "
+                f"{cls.__name__} does not feed. Load it by `MultiCoCoForConditionalGeneration`."
+            )
         if pretrained_model_name_or_path is not None:
             hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
             check_saved_budget(pretrained_model_name_or_path, model.config.num_thoughts, **hub_kwargs)

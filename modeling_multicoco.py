@@ -580,9 +580,10 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
                     "`prefill_chunk_size` cannot be used with thoughts: their passes are the chunks. Leave it out."
                 )
             kwargs["latent_mask"] = latent_mask
-        if generation_config is not None and "suppress_tokens" not in kwargs:  # it would replace the saved list
-            suppressed = {*(generation_config.suppress_tokens or []), *(self.generation_config.suppress_tokens or [])}
-            kwargs["suppress_tokens"] = sorted(suppressed) or None
+        saved = self.generation_config.suppress_tokens or []
+        if generation_config is not None and saved:  # another program's own (trl) would replace the saved list
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.suppress_tokens = sorted({*(generation_config.suppress_tokens or []), *saved})
         if return_thoughts:
             kwargs.update(thought_sink=[], return_dict_in_generate=True)
         output = super().generate(inputs, generation_config, **kwargs)

@@ -21,6 +21,7 @@ from io import BytesIO
 
 import numpy as np
 import torch
+from huggingface_hub.utils import httpx
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_transforms import to_pil_image
@@ -41,6 +42,7 @@ from .configuration_multicoco import (
 )
 
 
+DOWNLOAD_ERRORS = (httpx.HTTPError, httpx.InvalidURL)  # none of them is an `OSError`
 IMAGE_PLACEHOLDER = "<image>"
 # Tokens that only the processor may write; in a user's text they would move features or thoughts.
 RESERVED_TOKENS = (
@@ -794,7 +796,7 @@ def open_image(image, sample: int, index: int) -> Image.Image:
         elif not isinstance(image, Image.Image):
             image = to_pil_image(np.asarray(image))
         image = image.convert("RGB")
-    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError, *DOWNLOAD_ERRORS) as error:
         raise ValueError(
             f"{where}: cannot be read as an image: {error}. Expected a PIL image, a path, a "
             "URL, bytes or an array: check that the file is whole, or leave out the image and its placeholder."

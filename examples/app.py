@@ -42,9 +42,9 @@ def build(model_path: str, max_new_tokens: int = 512) -> gr.Blocks:
     with gr.Blocks(title="multicoco") as page:
         gr.Markdown("## Ask about a picture\nThe model thinks in continuous thoughts before its first word.")
         with gr.Row():
-            picture = gr.Image(label="Picture", type="pil", image_mode="RGB", height=360)
+            picture = gr.Image(label="Picture", type="pil", image_mode="RGB", height=380)
             with gr.Column():
-                question = gr.Textbox(label="Question", lines=2, placeholder="How many cars are parked?")
+                question = gr.Textbox(label="Question", placeholder="How many cars are parked?")
                 num_thoughts = gr.Slider(
                     0,
                     2 * budget if budget else 1,

@@ -2,8 +2,7 @@
 
     python examples/pipeline.py --model me/multicoco-1b --image street.jpg --question "How many cars are parked?"
 
-The pipeline asks one prompt at a time (its own `batch_size` does not know tiles): for many prompts see
-examples/generate_batch.py.
+For many prompts give `pipeline` a list and `batch_size=8`, or see examples/generate_batch.py.
 """
 
 import argparse

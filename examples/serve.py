@@ -1,6 +1,6 @@
 """Serves a saved model by transformers' own server, in the protocol of OpenAI, with its thoughts.
 
-    pip install 'transformers[serving]'
+    pip install -e '.[serve]'
     python examples/serve.py --model me/multicoco-1b --port 8000
 
 `transformers serve` looks the model's class up among its own, so it must be told of ours before it starts. That, and
@@ -21,10 +21,11 @@ or by OpenAI's client (a picture of yours is a URL too: `"data:image/jpeg;base64
             {"type": "image_url", "image_url": {"url": "https://example.com/street.jpg"}},
             {"type": "text", "text": "How many cars are parked?"}]}],
         extra_body={"chat_template_kwargs": {"num_thoughts": 6}},  # the checkpoint's own budget without this line
-        stream=True,
     )
+    print(answer.choices[0].message.content)
 
-Requests are answered one after the other. Thoughts count as tokens of the prompt in `usage`.
+Requests are answered one after the other; thoughts count as tokens of the prompt in `usage`. A request may ask for any
+number of them and for any address or file as a picture: strangers should reach it only through a gateway that checks.
 """
 
 import argparse

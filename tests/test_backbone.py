@@ -8,6 +8,7 @@ import json
 import logging
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -482,6 +483,21 @@ torch.save([type(model).__name__, model.state_dict()], {str(tmp_path / "loaded.p
     assert state.keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(state[name], value), name
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_layer_that_features_come_from_is_heard(model, make_batch, layer):
+    batch = without_labels(make_batch(num_thoughts=(2, 0), images=((1,), (2,))))
+    with torch.no_grad():
+        features = model.get_image_features(batch["pixel_values"], vision_feature_layer=layer).pooler_output
+        output = model(**batch, vision_feature_layer=layer)
+        assert torch.equal(output.image_hidden_states, features)
+        assert not torch.allclose(output.logits, model(**batch).logits)
+        given = {name: value for name, value in batch.items() if name != "pixel_values"}
+        encoded = {"image": types.SimpleNamespace(pooler_output=features)}
+        assert torch.equal(model(**given, mm_encoder_outputs=encoded).logits, output.logits)
+        with pytest.raises(ValueError, match="only one of `pixel_values` and `mm_encoder_outputs`"):
+            model(**batch, mm_encoder_outputs=encoded)
 
 
 def test_the_trained_checkpoint_of_version_0_1_loads_with_all_it_says():

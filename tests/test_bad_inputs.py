@@ -1,6 +1,7 @@
 """Bad input is one `ValueError` before anything is computed, and its message says where, what, and how to mend it."""
 
 import re
+import socket
 
 import numpy as np
 import pytest
@@ -579,6 +580,15 @@ def test_too_long_input_is_not_cut(processor):
     messages = _saying([{"type": "image", "path": str(SQUARE)}, {"type": "text", "text": "What?"}])
     call = lambda: processor.apply_chat_template(messages, **PROMPT, processor_kwargs={"max_length": 12})  # noqa: E731
     assert_refused(call, "Sample 0", "`max_length` 12")
+
+
+def test_a_url_that_does_not_answer_is_refused(processor):
+    """What a failed download raises is no `OSError`; a server would answer 500."""
+    with socket.socket() as closed:  # bound and not listening: nothing answers there
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/street.jpg"
+        with pytest.raises(ValueError, match="cannot be read as an image"):
+            processor(images=[url], text="<image>")
 
 
 @pytest.mark.parametrize("truncation", [True, "longest_first"])

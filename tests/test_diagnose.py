@@ -456,7 +456,7 @@ def test_the_lens_of_constant_thoughts_reads_the_states_before_them(scratch, mon
     """Else a control would show nothing, whatever its states hold."""
     diagnosis, _ = scratch
     model = diagnosis.subject.model
-    monkeypatch.setattr(model.config, "mode", "pause")
+    monkeypatch.setattr(model.config, "thought_feedback", "latent_one_pass")
     constant = model.get_input_embeddings().weight[model.config.latent_token_id]
     with widened():
         lens = interventions.read_lens(diagnosis)

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import CHECKPOINT, GOLDEN
+from conftest import CHECKPOINT, GOLDEN, TRAILS
 
 from multicoco import train
 
@@ -43,6 +43,8 @@ def replaced(tmp_path):
     (tmp_path / "street.png").write_bytes(PICTURE.read_bytes())
     return {
         '"OpenGVLab/InternVL3-1B"': f'"{CHECKPOINT}"',
+        '"tests/golden/trails"': f'"{TRAILS}"',
+        '"assets/trail.png"': f'"{ROOT / "assets" / "trail.png"}"',
         '"street.jpg"': f'"{PICTURE}"',
         '"me/multicoco-1b"': f'"{tmp_path / "own"}"',
         '"mine.jsonl"': f'"{tmp_path / "mine.jsonl"}"',
@@ -62,6 +64,7 @@ def test_python_blocks_run_one_after_the_other(page, replaced, tmp_path):
     if page.name == "README.md":
         assert type(scope["model"]).__name__ == "MultiCoCoForConditionalGeneration"
         assert isinstance(scope["answer"], str)
+        assert scope["colour"] == "### cyan"
 
 
 @pytest.mark.parametrize("line", commands())

@@ -100,7 +100,3 @@ def counted_passes(model):
 def answer_of(text):
     """What stands behind the mark of an answer, as score.py reads it."""
     return text.rsplit("### ", 1)[-1].strip()
-
-
-def accuracy(boards, answers):
-    return sum(answer == board["answer"] for board, answer in zip(boards, answers, strict=True)) / len(boards)

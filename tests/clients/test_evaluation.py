@@ -73,7 +73,7 @@ def test_lm_eval_gets_the_answers_of_score(batch_size, limit, folder, boards, bu
     samples = sorted(results["samples"]["trails"], key=lambda sample: sample["doc_id"])
     assert [sample["filtered_resps"][0] for sample in samples] == expected[:limit]
     if limit == NUM_BOARDS:
-        assert results["results"]["trails"]["exact_match,answer"] == expected_accuracy
+        assert results["results"]["trails"]["exact_match,answer"] == expected_accuracy >= 0.95
     passes.check(num_prefills=limit // batch_size, num_thoughts=budget)
 
 

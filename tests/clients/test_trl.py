@@ -40,6 +40,7 @@ class Scores(NamedTuple):
     """
     theirs, ours, unthought (`torch.Tensor` of shape `(num_labels,)`): log-probabilities of the labels.
     num_passes, num_columns (`int`): calls of the language model, and positions that hold a thought in any row.
+    num_tiles (`int`): tiles that came with them.
     """
 
     theirs: torch.Tensor
@@ -47,6 +48,7 @@ class Scores(NamedTuple):
     unthought: torch.Tensor
     num_passes: int
     num_columns: int
+    num_tiles: int
 
 
 @contextlib.contextmanager
@@ -74,6 +76,7 @@ def recorded(model):
                 unthought=own(inputs, labels, latent_mask=torch.zeros_like(latent_mask)),
                 num_passes=num_passes,
                 num_columns=int(latent_mask.any(dim=0).sum()),
+                num_tiles=len(inputs.get("pixel_values", [])),
             )
         )
 
@@ -348,7 +351,7 @@ def test_sft_of_adapters(model, processor, settings, boards):
 
 @pytest.fixture
 def reward_processor(processor):
-    """GRPOTrainer with `beta` and RLOOTrainer pass what a processor returns to functions that know InternVL's names."""
+    """GRPOTrainer with `beta` and RLOOTrainer pass all that a processor returns to a function of fixed names."""
     processor.return_num_patches_list = False
     return processor
 
@@ -412,6 +415,7 @@ def test_pictures_of_several_tiles(model, reward_processor, settings, boards, tr
     with recorded(trainer.model) as scores:
         trainer.train()
     check(scores, num_forwards=4 + 2, num_thoughts=5)  # the old log-probabilities of 8 rows by 2, and two steps
+    assert sum(score.num_tiles for score in scores[:4]) == 2 * (1 + 3 + (1 + 3) + 1)
 
 
 @pytest.mark.parametrize("trainer_class", [GRPOTrainer, RLOOTrainer], ids=["grpo", "rloo"])
@@ -507,12 +511,13 @@ def test_preferences_of_text_alone(model, processor, settings, boards, trainer_c
 # --- the example ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("beta", ["0", "0.04"])
-def test_the_example(folder, data, tmp_path, beta):
+@pytest.mark.parametrize(("beta", "num_thoughts"), [(0, 5), (0.04, 3)], ids=["own thoughts", "beta, fewer thoughts"])
+def test_the_example(folder, data, tmp_path, beta, num_thoughts):
     out = tmp_path / "out"
     flags = ["--model", folder, "--data", data, "--output_dir", out, "--beta", beta, "--max_steps", 2, "--use_cpu"]
+    flags += ["--num_thoughts", num_thoughts] if num_thoughts != 5 else []
     trainer = grpo.main(list(map(str, [*flags, "--batch_size", 4, "--num_generations", 2])))
     assert trainer.state.log_history[0]["reward"] > 0.9
-    saved = MultiCoCoForConditionalGeneration.from_pretrained(out)
-    assert saved.config.num_thoughts == 5
-    assert MultiCoCoProcessor.from_pretrained(out).num_thoughts == 5
+    assert MultiCoCoForConditionalGeneration.from_pretrained(out).config.num_thoughts == num_thoughts
+    processor = MultiCoCoProcessor.from_pretrained(out)
+    assert (processor.num_thoughts, processor.return_num_patches_list) == (num_thoughts, True)
