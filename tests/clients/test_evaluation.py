@@ -6,7 +6,7 @@ import datasets
 import lm_eval
 import pytest
 import torch
-from boards import NUM_BOARDS, counted_passes
+from boards import NUM_BOARDS, answer_of, counted_passes
 from lighteval.metrics import apply_metric
 from lighteval.metrics.metrics import Metrics
 from lighteval.models.transformers.vlm_transformers_model import VLMTransformersModel, VLMTransformersModelConfig
@@ -14,6 +14,7 @@ from lighteval.tasks.lighteval_task import LightevalTask, LightevalTaskConfig
 from lighteval.tasks.requests import Doc
 from lm_eval.models.hf_vlms import HFMultimodalLM
 from lm_eval.tasks import TaskManager
+from transformers import AutoModel
 
 from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor
 
@@ -137,3 +138,18 @@ def test_lighteval_gets_our_answers(folder, boards, budget, parquet, tmp_path):
     assert [score["em"] for score in scores] == [
         float(text == f"### {board['answer']}") for text, board in zip(expected, boards, strict=True)
     ]
+
+
+def test_chat_answers_as_score(folder, boards, score_boards, budget):
+    """InternVL's own call, as VLMEvalKit and lmms-eval make it."""
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = MultiCoCoProcessor.from_pretrained(folder)
+    accuracy, predictions = score_boards(budget)
+    settings, answers = {"max_new_tokens": 8, "do_sample": False}, []
+    with counted_passes(model) as passes:
+        for board in boards:
+            tiles = processor.image_processor(board["images"], return_tensors="pt")["pixel_values"]
+            answers.append(answer_of(model.chat(processor.tokenizer, tiles, board["question"], settings)))
+    passes.check(NUM_BOARDS, budget)
+    assert answers == predictions
+    assert accuracy >= 0.95
