@@ -64,7 +64,7 @@ class MultiCoCoConfig(InternVLConfig):
             What the checkpoint was trained as: `coconut`, `cot`, `no_cot`, `no_thoughts`, `pause` or `pause_loop`. It
             changes nothing in the model; older files say by it what `thought_feedback` says now.
         system_message (`str`, *optional*):
-            System message of [`~modeling_multicoco.InternVLChatModel.chat`]; `None` means that of InternVL's
+            System message of [`~modeling_internvl_chat.InternVLChatModel.chat`]; `None` means that of InternVL's
             `internvl2_5` template (the shipped InternVL3 configurations hold `null` and mean this).
 
     Raises:
@@ -98,6 +98,21 @@ class MultiCoCoConfig(InternVLConfig):
             self.thought_feedback = feedback_of(self.mode, self.thought_feedback)
         self._check_thoughts()
         self._check_vision()
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """
+        [`~transformers.PreTrainedConfig.save_pretrained`].
+
+        Raises:
+            ValueError: `mode` names a control, but `thought_feedback` feeds states: the file would be read as one of
+                version 0.1, whose controls are named by their mode alone.
+        """
+        if self.mode in CONTROL_FEEDBACK and self.thought_feedback in STATE_FEEDBACKS:
+            raise ValueError(
+                f"`mode` is {self.mode!r}, a control that feeds {CONTROL_FEEDBACK[self.mode]!r}, but "
+                f"`thought_feedback` is {self.thought_feedback!r}. Set `mode` to 'coconut', or the feedback back."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def llm_config(self):

@@ -393,8 +393,8 @@ def read_lens(diagnosis: Diagnosis, top: int = 5) -> list[list[list[int]]]:
     """
     The `top` tokens that `lm_head` reads from the state that makes each thought: for each sample, for each index.
 
-    With `mode` "coconut" this state is the thought. A model with constant thoughts has such states too, and they may
-    hold steps just as well: they are what a control has to show.
+    Where states are fed back, this state is the thought. A model with constant thoughts has such states too, and they
+    may hold steps just as well: they are what a control has to show.
     """
     model, count, found = diagnosis.subject.model, diagnosis.num_thoughts, []
     for start in range(0, len(diagnosis.records), diagnosis.arguments.batch_size):

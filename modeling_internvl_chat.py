@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary, N tiles, P visual tokens
 """
 
 import functools
+import os
 import re
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -17,8 +18,10 @@ from transformers import GenerationConfig, InternVLForConditionalGeneration, Int
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast, InternVLModelOutputWithPast
 from transformers.utils import is_flash_attn_2_available, logging
+from transformers.utils.generic import can_return_tuple
 
 from .compat import is_sharded, world_size
 from .configuration_multicoco import (
@@ -228,6 +231,11 @@ class InternVLChatBackbone(InternVLModel):
             inputs_embeds = inputs_embeds + 0.0 * features.sum()
             features = features[torch.tensor(tiles, dtype=torch.long, device=features.device)]
         image_mask = (input_ids == self.config.image_token_id)[..., None]  # (B, T, 1)
+        if mm_encoder_outputs and int(image_mask.sum()) != features.shape[:-1].numel():  # tiles were counted before
+            raise ValueError(
+                f"`mm_encoder_outputs` holds {features.shape[:-1].numel()} visual features, but `input_ids` has "
+                f"{int(image_mask.sum())} {IMAGE_CONTEXT_TOKEN} tokens. Give the features of exactly these images."
+            )
         return inputs_embeds.masked_scatter(image_mask, features), features
 
     def place_images(self, input_ids, pixel_values, image_flags=None, num_patches_list=None):
@@ -265,6 +273,7 @@ class InternVLChatBackbone(InternVLModel):
         check_image_tokens(image_mask, num_tiles, self.config.num_image_token, as_counts(num_patches_list))
         return pixel_values, tiles
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -299,6 +308,7 @@ class InternVLChatBackbone(InternVLModel):
             position_ids=count_positions(position_ids, attention_mask, inputs_embeds.shape[1]),
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         outputs["image_hidden_states"] = features
@@ -356,6 +366,9 @@ class InternVLChatModel(InternVLForConditionalGeneration):
                 logger.warning_once("`use_flash_attn` is True, but flash-attn is not installed: sdpa is used.")
         if isinstance(kwargs.get("device_map"), dict):
             kwargs["device_map"] = translate_device_map(kwargs["device_map"])
+        if pretrained_model_name_or_path is not None and not {"config", "num_thoughts"} & kwargs.keys():
+            hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
+            check_saved_budget(pretrained_model_name_or_path, **hub_kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.lm_head.weight is not model.get_input_embeddings().weight:
@@ -365,22 +378,29 @@ class InternVLChatModel(InternVLForConditionalGeneration):
                 f"{pretrained_model_name_or_path} was trained with {model.config.num_thoughts} thoughts, which "
                 f"{cls.__name__} does not feed. Load it by `MultiCoCoForConditionalGeneration`."
             )
-        if pretrained_model_name_or_path is not None:
-            hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
-            check_saved_budget(pretrained_model_name_or_path, model.config.num_thoughts, **hub_kwargs)
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves native parameter names and the code files, so that every auto class loads the folder."""
         kwargs.setdefault("save_original_format", False)
-        reference = f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}"
+        # Of a class that a library makes of ours (FSDP2), or a user in his program, the file could not be loaded.
+        known = next(cls for cls in type(self).__mro__ if "_auto_class" in vars(cls))
+        if known is not type(self):
+            os.makedirs(save_directory, exist_ok=True)
+            custom_object_save(known, save_directory)
+            type(self)._auto_class = None  # so that the file of this class is not copied
+        reference = f"{known.__module__.rsplit('.', 1)[-1]}.{known.__name__}"
         self.config.auto_map = {
             **(getattr(self.config, "auto_map", None) or {}),
             "AutoConfig": "configuration_multicoco.MultiCoCoConfig",
             "AutoProcessor": "processing_multicoco.MultiCoCoProcessor",
             **dict.fromkeys(("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"), reference),
         }
-        super().save_pretrained(save_directory, *args, **kwargs)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            if known is not type(self):
+                del type(self)._auto_class
 
     @property
     def num_image_token(self) -> int:

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast, InternVLModelOutputWithPast
 from transformers.utils import logging
@@ -53,8 +52,10 @@ from .modeling_internvl_chat import (
 from .passes import (
     PassCache,
     answer_visibility,
+    causal_masks,
     check_thoughts,
     hidden_from_answer,
+    holds_tokens,
     join_attentions,
     join_hidden_states,
     packed_samples,
@@ -159,7 +160,7 @@ class MultiCoCoModel(InternVLChatBackbone):
             needs_passes=edit_thoughts is not None or return_thoughts,
         )
 
-        features = None
+        features, layers = None, self.language_model.layers
         if inputs_embeds is None:
             inputs_embeds, features = self.fuse(
                 input_ids,
@@ -169,7 +170,6 @@ class MultiCoCoModel(InternVLChatBackbone):
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
             )
-        layers = self.language_model.layers
         with settled_rotary(self.language_model, plan.position_ids if plan.columns else None):
             with checkpointed_with_cache(layers):  # they get a `PassCache` or no cache
                 hidden_states, embeds, outputs, thoughts = self._run_passes(
@@ -199,8 +199,8 @@ class MultiCoCoModel(InternVLChatBackbone):
         """Reads and checks the batch. After this the host asks nothing of the device until the loss."""
         length = tokens.shape[1]
         samples = None
-        if past_key_values is None and attention_mask is None and position_ids is not None:
-            samples = packed_samples(position_ids, tokens)
+        if position_ids is not None and length > 1 and not holds_tokens(past_key_values):
+            samples = packed_samples(position_ids, attention_mask, tokens)
         columns, numbers = [], None
         if latent_mask is not None:
             numbers = self.number_thoughts(input_ids, pad_mask(latent_mask, length), attention_mask, samples)
@@ -211,7 +211,7 @@ class MultiCoCoModel(InternVLChatBackbone):
 
         visible = None
         if answer_sees != "all":
-            if past_key_values is not None and int(past_key_values.get_seq_length()) > 0:
+            if holds_tokens(past_key_values):
                 raise ValueError(
                     f"`answer_sees={answer_sees!r}` cannot continue `past_key_values`: which of its positions are to "
                     "be hidden is not known. Pass the whole sequence and no cache."
@@ -224,8 +224,8 @@ class MultiCoCoModel(InternVLChatBackbone):
             visible = lambda batch, head, query, key: packed[batch, query] == packed[batch, key]  # noqa: E731
         elif samples is not None and columns:
             raise ValueError(
-                "`position_ids` restart, so the rows are packed: with thoughts this needs attention masks, which "
-                f"{self.config._attn_implementation} does not take. Load the model with `attn_implementation='sdpa'`."
+                "`position_ids` restart, so the rows are packed: thoughts need masks then, which flash attention does "
+                "not take. Load the model with `attn_implementation='sdpa'`."
             )
 
         num_surplus = 0
@@ -272,7 +272,7 @@ class MultiCoCoModel(InternVLChatBackbone):
             mask = mask[:, : past_length + stop] if is_2d(mask) else mask
             positions = plan.position_ids[:, start:stop] if plan.position_ids is not None else None
             if makes_mask and not self._has_flash:
-                mask = create_causal_mask(
+                mask = causal_masks(
                     config=language_model.config,
                     inputs_embeds=chunk,
                     attention_mask=mask,
@@ -328,7 +328,7 @@ class MultiCoCoModel(InternVLChatBackbone):
 
     @property
     def _has_flash(self) -> bool:
-        return "flash" in self.config._attn_implementation
+        return "flash" in self.language_model.config._attn_implementation  # the tower may have another
 
     def latent_mask(self, input_ids, latent_mask=None, past_key_values=None) -> torch.BoolTensor | None:
         """
@@ -338,7 +338,7 @@ class MultiCoCoModel(InternVLChatBackbone):
         config = self.config
         if latent_mask is not None or config.latent_token_id is None:
             return latent_mask
-        if past_key_values is not None and int(past_key_values.get_seq_length()) > 0:
+        if holds_tokens(past_key_values):
             return None if input_ids is None else input_ids == config.latent_token_id
         if input_ids is None:
             if config.num_thoughts is not None:
@@ -428,8 +428,8 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for real tokens. Padding may stand on either side.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Defaults to counting the real tokens of each row. Without `attention_mask`, positions that start again
-                within a row mean that it is packed: its samples do not see each other.
+                Defaults to counting the real tokens of each row. Positions that start again within the real tokens of
+                a row mean that it is packed: its samples do not see each other. Give the first token of each no label.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Ids to predict, -100 where none is; shifted inside. The loss is the mean over all labels of the batch,
                 or their sum over `num_items_in_batch`. With `logits_to_keep` they may be those of the kept positions.
@@ -561,14 +561,14 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
         latent_mask = self.model.latent_mask(input_ids, latent_mask, kwargs.get("past_key_values"))
         answer_sees = kwargs.get("answer_sees", "all")
         if answer_sees != "all":
-            answer_visibility(
-                self.config, answer_sees, input_ids, latent_mask
-            )  # its checks: the tower runs before the prefill
+            answer_visibility(self.config, answer_sees, input_ids, latent_mask)  # for its checks, before the tower
         if latent_mask is not None:
             if input_ids is not None:  # an assistant gets the mask of the prompt, and ids that have grown
                 latent_mask = pad_mask(latent_mask, input_ids.shape[1])
             numbers = self.model.number_thoughts(input_ids, latent_mask, kwargs.get("attention_mask"))
-            num_thoughts, trained = int(numbers.max()), self.config.num_thoughts
+            past = kwargs.get("past_key_values")
+            new = (numbers > 0)[:, int(past.get_seq_length()) if holds_tokens(past) else 0 :]  # not of earlier turns
+            num_thoughts, trained = int(new.sum(dim=1).max()), self.config.num_thoughts
             if trained is not None and num_thoughts > trained:
                 logger.warning_once(
                     f"`num_thoughts` is {num_thoughts}, but this checkpoint was trained with {trained} thoughts."

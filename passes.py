@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, D hidden size.
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .configuration_multicoco import END_LATENT_TOKEN, LATENT_TOKEN, START_LATENT_TOKEN
 
@@ -28,6 +29,11 @@ def check_thoughts(
     """
     if not latent_mask.any():
         return
+    if attention_mask is not None and attention_mask.max() > 1:
+        raise ValueError(
+            "`attention_mask` numbers samples, expected 1 for real tokens. Tell packed samples by `position_ids` that "
+            "start again."
+        )
     real = torch.ones_like(latent_mask) if attention_mask is None else attention_mask.bool()
     samples = torch.zeros_like(latent_mask, dtype=torch.long) if samples is None else samples
     has_previous = torch.zeros_like(latent_mask)
@@ -49,17 +55,37 @@ def check_thoughts(
             raise ValueError(f"Sample {sample}: {LATENT_TOKEN} at position {position} of `input_ids` {reason}")
 
 
-def packed_samples(position_ids: torch.LongTensor, tokens: torch.Tensor) -> torch.LongTensor | None:
+def packed_samples(position_ids, attention_mask, tokens: torch.Tensor) -> torch.LongTensor | None:
     """
     The number of the sample at each position `(batch_size, sequence_length)`, on the host, of rows whose positions
-    start again (transformers' sign of packed rows); `None` if none does.
+    start again within their real tokens (transformers' sign of packed rows); `None` if none does.
     """
     if position_ids.dim() != 2:
         return None
-    restarts = (torch.diff(position_ids, dim=1) != 1).cpu()
+    restarts = torch.diff(position_ids, dim=1) < 1
+    if attention_mask is not None:
+        if attention_mask.dim() != 2:
+            return None
+        real = attention_mask[:, -position_ids.shape[1] :].bool()
+        restarts = restarts & real[:, :-1] & real[:, 1:]  # what stands in the padding means nothing
+    restarts = restarts.cpu()
     if not restarts.any():
         return None
     return nn.functional.pad(restarts.long().cumsum(dim=1), (1, 0)).expand(len(tokens), -1)
+
+
+def holds_tokens(past_key_values: Cache | None) -> bool:
+    return past_key_values is not None and int(past_key_values.get_seq_length()) > 0
+
+
+def causal_masks(config, **arguments):
+    """The mask of a pass; by kind, if layers of the language model see only a window."""
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        return create_causal_mask(config=config, **arguments)
+    return {
+        "full_attention": create_causal_mask(config=config, **arguments),
+        "sliding_attention": create_sliding_window_causal_mask(config=config, **arguments),
+    }
 
 
 def pad_mask(mask: torch.BoolTensor, length: int) -> torch.BoolTensor:
@@ -97,10 +123,11 @@ def answer_visibility(config, answer_sees: str, input_ids: torch.LongTensor | No
         config, answer_sees, None if input_ids is None else input_ids[:, :length], latent_mask
     )
     after, hidden = ~pad_mask(~after, input_ids.shape[1]), pad_mask(hidden, input_ids.shape[1])
-    if config._attn_implementation not in ("eager", "sdpa"):
+    implementation = config.text_config._attn_implementation
+    if implementation not in ("eager", "sdpa"):
         raise ValueError(
-            f"`answer_sees={answer_sees!r}` needs attention masks, which {config._attn_implementation} does "
-            "not take. Load the model with `attn_implementation='sdpa'`."
+            f"`answer_sees={answer_sees!r}` needs attention masks, which {implementation} does not take. Load the "
+            "model with `attn_implementation='sdpa'`."
         )
     last = input_ids.shape[1] - 1  # a static cache has keys beyond the prompt
     return lambda batch, head, query, key: ~(after[batch, query] & hidden[batch, key.clamp(max=last)])

@@ -84,7 +84,7 @@ _BUDGET_END = (
     f"{{%- set block = '{START_LATENT_TOKEN}' ~ '{LATENT_TOKEN}' * budget ~ '{END_LATENT_TOKEN}' -%}}\n"
     "{%- endif -%}\n"
 )
-_BUDGET = re.compile(f"({re.escape(_BUDGET_START)})(none|[0-9]+)")
+_BUDGET = re.compile(r"(set\s+budget\s*=\s*num_thoughts\s+if\s[^%]*?\selse\s+)(none|[0-9]+)")  # also if edited
 _BLOCK = "{{ block }}"
 _LAST_BLOCK = "{% if loop.last and not add_generation_prompt %}" + _BLOCK + "{% endif %}"
 
@@ -286,16 +286,18 @@ def check_saved_budget(name_or_path: str | os.PathLike, num_thoughts: int | None
     processor = json.loads(read("processor_config.json") or "{}")
     if "num_thoughts" in processor:
         found["processor_config.json"] = processor["num_thoughts"]
-    baked = _read_budget(read("chat_template.jinja"))
+    template = read("chat_template.jinja") or json.loads(read("tokenizer_config.json") or "{}").get("chat_template")
+    baked = _read_budget(template if isinstance(template, str) else None)
     if baked != OWN:
         found["the chat template"] = baked
     if len(set(found.values())) > 1:
         numbers = ", ".join(f"{number} in {place}" for place, number in found.items())
-        right = found.get("config.json", "N")
         raise ValueError(
             f"`num_thoughts` of {name_or_path} is {numbers}, expected one number: prompts would carry other thoughts "
-            f'than the model was trained with. Run `MultiCoCoProcessor.from_pretrained("{name_or_path}", '
-            f'num_thoughts={right}).save_pretrained("{name_or_path}")`.'
+            "than the model was trained with. If the configuration is right, run "
+            f'`MultiCoCoProcessor.from_pretrained("{name_or_path}", num_thoughts={found.get("config.json", "N")})'
+            f'.save_pretrained("{name_or_path}")`. If the processor is (as after adapters that were merged by hand), '
+            "load the model with its number, `from_pretrained(..., num_thoughts=...)`, and save it."
         )
 
 
@@ -317,9 +319,6 @@ class MultiCoCoProcessor(ProcessorMixin):
         chat_template (`str`, *optional*):
             Jinja template, which becomes the tokenizer's too; defaults to InternVL's `internvl2_5` prompts, see
             [`~processing_multicoco.chat_template`].
-        return_num_patches_list (`bool`, defaults to `True`):
-            Return the tiles of each image, by which the model checks each sample. `False` for a program that hands
-            every key on to a function with fixed names (trl's GRPO and RLOO); the model then checks totals only.
 
     Example:
 
@@ -330,6 +329,9 @@ class MultiCoCoProcessor(ProcessorMixin):
     >>> inputs = processor(images=[["street.jpg"]], text=["<image>\nHow many cars?"], num_thoughts=6)  # doctest: +SKIP
     ```"""
 
+    # Set it to `False` for a program that hands every key on to a function with fixed names (trl's GRPO and RLOO); the
+    # model then checks tiles and tokens by their totals only. Not saved.
+    return_num_patches_list = True
     text_kwargs = {"padding_side": "left"}
     images_kwargs = {"crop_to_patches": True}
 
@@ -340,7 +342,6 @@ class MultiCoCoProcessor(ProcessorMixin):
         num_image_token: int = 256,
         num_thoughts: int | None | str = OWN,
         chat_template: str | dict[str, str] | None = None,
-        return_num_patches_list: bool = True,
     ):
         if not isinstance(image_processor, GotOcr2ImageProcessorPil):  # torchvision's resize gives other pixels
             image_processor = GotOcr2ImageProcessorPil.from_dict(image_processor.to_dict())
@@ -354,7 +355,6 @@ class MultiCoCoProcessor(ProcessorMixin):
         prepare_tokenizer(tokenizer)
         super().__init__(image_processor, tokenizer)
         self.num_image_token = num_image_token
-        self.return_num_patches_list = return_num_patches_list
         self.chat_template = chat_template
 
     @property

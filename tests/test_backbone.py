@@ -23,7 +23,7 @@ from reference import (
     training,
     widened,
 )
-from transformers import GenerationConfig, InternVLForConditionalGeneration, InternVLModel
+from transformers import DynamicCache, GenerationConfig, InternVLForConditionalGeneration, InternVLModel
 
 from multicoco import InternVLChatModel, MultiCoCoConfig, MultiCoCoForConditionalGeneration
 from multicoco.configuration_multicoco import CONTROL_FEEDBACK
@@ -192,6 +192,67 @@ def test_packed_rows_are_refused_where_they_would_be_wrong(model, make_batch):
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="`position_ids` restart, so the rows are packed"):
         model(**packed(make_batch(num_thoughts=(2, 1), images=((), ()))))
+
+
+@pytest.mark.parametrize("form", ["mask", "empty_cache", "through_the_backbone"])
+def test_packed_rows_are_seen_in_every_company(model, make_batch, form):
+    batch = make_batch(**CASES["ragged"])
+    inputs = packed(batch)
+    del inputs["labels"]
+    with torch.no_grad(), widened():
+        wanted = torch.cat([reference_logits(model, r["input_ids"], r["pixel_values"])[0] for r in split_rows(batch)])
+        company = {"mask": {"attention_mask": torch.ones_like(inputs["input_ids"])}}.get(form, {})
+        company |= {"empty_cache": {"past_key_values": DynamicCache(config=model.model.language_model.config)}}.get(
+            form, {}
+        )
+        logits = model(**inputs, **company).logits if form != "through_the_backbone" else None
+        if logits is None:
+            logits = model.lm_head(model.model(**inputs, use_cache=True).last_hidden_state)
+        torch.testing.assert_close(logits[0], wanted, atol=1e-10, rtol=0)
+    numbered = (inputs["position_ids"] == 0).cumsum(dim=1)  # axolotl's form of a mask
+    del inputs["position_ids"]
+    with pytest.raises(ValueError, match="`attention_mask` numbers samples"):
+        model(**inputs, attention_mask=numbered)
+
+
+@pytest.mark.parametrize("form", ["padded", "packed", "generated"])
+def test_layers_that_see_a_window_get_their_own_mask(tmp_path, make_batch, model, form):
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["text_config"] |= {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+    values["text_config"]["layer_types"] = ["full_attention", "sliding_attention"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    windowed = MultiCoCoForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    batch = make_batch(**CASES["ragged"])
+    with torch.no_grad(), widened():
+        rows = split_rows(batch)
+        wanted = [reference_logits(windowed, row["input_ids"], row["pixel_values"])[0] for row in rows]
+        inputs = packed(batch) if form == "packed" else model_inputs(batch)
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        logits = windowed(**inputs, use_cache=form == "generated").logits
+    if form == "packed":
+        torch.testing.assert_close(logits[0], torch.cat(wanted), atol=1e-10, rtol=0)
+        return
+    for row, expected in enumerate(wanted):
+        real = batch["attention_mask"][row].bool()
+        torch.testing.assert_close(logits[row, real], expected, atol=1e-10, rtol=0)
+
+
+def test_masks_are_made_by_the_attention_of_the_language_model(model, make_batch):
+    """Its parts may have different ones; what takes no mask is the language model's."""
+    model.set_attn_implementation({"text_config": "eager"})
+    batch = make_batch(**CASES["ragged"])
+    inputs = packed(batch)
+    del inputs["labels"]
+    with torch.no_grad(), widened():
+        wanted = [reference_logits(model, row["input_ids"], row["pixel_values"])[0] for row in split_rows(batch)]
+        torch.testing.assert_close(model(**inputs).logits[0], torch.cat(wanted), atol=1e-10, rtol=0)
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="the rows are packed"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="which flash_attention_2 does not take"):
+        model(**without_labels(batch), answer_sees="no_image")
 
 
 # ---- what no template reaches
@@ -454,6 +515,29 @@ def test_older_files_say_by_their_mode_what_is_fed(model, tmp_path, mode, feedba
     assert MultiCoCoConfig.from_pretrained(tmp_path).thought_feedback == "rms_match"
 
 
+@pytest.mark.parametrize("mode", ["pause", "pause_loop"])
+def test_a_control_that_feeds_states_is_not_saved(model, tmp_path, mode):
+    """It would be read as a file of version 0.1, and feed the constant."""
+    model.config.mode = mode
+    with pytest.raises(ValueError, match=f"`mode` is '{mode}', a control that feeds .* is 'identity'. Set `mode`"):
+        model.save_pretrained(tmp_path)
+    model.config.thought_feedback = CONTROL_FEEDBACK[mode]
+    model.save_pretrained(tmp_path)
+    assert MultiCoCoConfig.from_pretrained(tmp_path).thought_feedback == CONTROL_FEEDBACK[mode]
+
+
+def test_a_class_made_of_ours_is_saved_as_ours(model, tmp_path):
+    """FSDP2 exchanges the class of a model by one of torch's; its name and file would go into the folder."""
+    model.__class__ = type("FSDPMultiCoCoForConditionalGeneration", (type(model),), {"__module__": "torch"})
+    model.save_pretrained(tmp_path)
+    names = set(json.loads((tmp_path / "config.json").read_text())["auto_map"].values())
+    assert "modeling_multicoco.MultiCoCoForConditionalGeneration" in names
+    assert not any("FSDP" in name for name in names)
+    files = {path.name for path in tmp_path.glob("*.py")}
+    assert {"modeling_multicoco.py", "modeling_internvl_chat.py", "passes.py", "compat.py"} <= files
+    assert "__init__.py" not in files
+
+
 def test_the_mode_changes_nothing_in_the_model(model, make_batch):
     batch = without_labels(make_batch())
     with torch.no_grad():
@@ -496,6 +580,9 @@ def test_the_layer_that_features_come_from_is_heard(model, make_batch, layer):
         given = {name: value for name, value in batch.items() if name != "pixel_values"}
         encoded = {"image": types.SimpleNamespace(pooler_output=features)}
         assert torch.equal(model(**given, mm_encoder_outputs=encoded).logits, output.logits)
+        more = {"image": types.SimpleNamespace(pooler_output=torch.cat([features, features[:1]]))}
+        with pytest.raises(ValueError, match="`mm_encoder_outputs` holds 16 visual features"):
+            model(**given, mm_encoder_outputs=more)
         with pytest.raises(ValueError, match="only one of `pixel_values` and `mm_encoder_outputs`"):
             model(**batch, mm_encoder_outputs=encoded)
 
