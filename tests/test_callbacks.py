@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor
 from multicoco.data_multicoco import CurriculumArguments, ReasoningCollator, StageDataset, load_records
+from multicoco.processing_multicoco import thought_block
 from multicoco.recipes.trails.prepare import prepare
 from multicoco.trainer_callbacks import (
     AnswerCallback,
@@ -106,7 +107,13 @@ def test_every_step_sees_its_stage_and_every_checkpoint_says_it(run, tmp_path):
         checkpoint = tmp_path / "out" / f"checkpoint-{step}"
         config, stage = MultiCoCoConfig.from_pretrained(checkpoint), STAGES[step - 1]
         assert (config.stage, config.num_thoughts, config.mode) == (stage, stage, "coconut")
-        assert MultiCoCoProcessor.from_pretrained(checkpoint).num_thoughts == stage
+        processor = MultiCoCoProcessor.from_pretrained(checkpoint)
+        assert processor.num_thoughts == stage
+        for writer in (processor, AutoTokenizer.from_pretrained(checkpoint)):  # each template has the number
+            text = writer.apply_chat_template(
+                [{"role": "user", "content": "Why?"}], add_generation_prompt=True, tokenize=False
+            )
+            assert text.endswith(thought_block(stage))
 
 
 @pytest.mark.parametrize(

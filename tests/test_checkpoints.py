@@ -385,6 +385,7 @@ def test_configuration_comes_back_as_it_was(tmp_path):
         stage=4,
         num_thoughts=7,
         mode="pause_loop",
+        thought_feedback="latent",
         system_message="Think.",
     )
     config = native_config(vision=VISION_6B, config_class=MultiCoCoConfig)

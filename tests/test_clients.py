@@ -18,7 +18,6 @@ import types
 import pytest
 import torch
 import torch.utils.checkpoint
-from conftest import GOLDEN
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -30,7 +29,7 @@ from transformers import (
     modeling_utils,
 )
 
-from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor
+from multicoco import MultiCoCoProcessor
 from multicoco.recipes.trails.prepare import COLOURS, cell_name, draw_board, iter_boards, make_question
 
 
@@ -71,12 +70,8 @@ LOADED_BY = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The trained checkpoint, saved anew: the code in it is the code under test."""
-    folder = tmp_path_factory.mktemp("trained") / "trails"
-    MultiCoCoForConditionalGeneration.from_pretrained(GOLDEN / "trails").save_pretrained(folder)
-    MultiCoCoProcessor.from_pretrained(GOLDEN / "trails").save_pretrained(folder)
-    return str(folder)
+def folder(trails):
+    return str(trails)
 
 
 @pytest.fixture(scope="module")

@@ -2,26 +2,20 @@
 
 import contextlib
 import json
-import os
-from pathlib import Path
 
 import pytest
 
-from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor, score
+from multicoco import MultiCoCoProcessor, score
 from multicoco.recipes.trails.prepare import write_split
 
 
-TRAINED = os.environ.get("MULTICOCO_TRAILS", Path(__file__).parents[1] / "golden" / "trails")
 NUM_BOARDS = 100
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
+def folder(trails):
     """The trained checkpoint, saved anew: the code in it is what these tests test, and lighteval writes into it."""
-    folder = tmp_path_factory.mktemp("trained") / "trails"
-    MultiCoCoForConditionalGeneration.from_pretrained(TRAINED).save_pretrained(folder)
-    MultiCoCoProcessor.from_pretrained(TRAINED).save_pretrained(folder)
-    return str(folder)
+    return str(trails)
 
 
 @pytest.fixture(scope="session")
