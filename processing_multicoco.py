@@ -454,6 +454,9 @@ class MultiCoCoProcessor(ProcessorMixin):
             )
         else:
             image_processor = GotOcr2ImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        settings = {name: kwargs[name] for name in image_processor.valid_kwargs.__annotations__ if name in kwargs}
+        if settings:  # such as `max_patches`, as for a folder of our own
+            image_processor = GotOcr2ImageProcessorPil.from_dict({**image_processor.to_dict(), **settings})
         tokenizer = AutoTokenizer.from_pretrained(
             pretrained_model_name_or_path, config=config.text_config, trust_remote_code=False, **hub_kwargs
         )

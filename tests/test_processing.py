@@ -460,6 +460,15 @@ def test_inputs_can_be_moved_one_by_one(processor, images):
         assert (cast["num_patches_list"].dtype, len(cast["num_patches_list"])) == (torch.int64, len(images))
 
 
+def test_settings_of_images_are_heard_in_every_format(own_processor, tmp_path):
+    """They were dropped in silence for checkpoints of others."""
+    own_processor.save_pretrained(tmp_path)
+    for folder in (CHECKPOINT, tmp_path):
+        processor = MultiCoCoProcessor.from_pretrained(folder, max_patches=3)
+        assert processor.image_processor.max_patches == 3
+        assert int(processor(images=picture("big"), text="<image>", return_tensors="pt")["num_patches_list"]) <= 4
+
+
 def test_a_program_with_fixed_names_can_leave_out_the_counts(own_processor, tmp_path):
     """trl's GRPO and RLOO hand every key on to a function that does not know this one. The next user gets it again."""
     own_processor.return_num_patches_list = False
