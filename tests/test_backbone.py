@@ -279,6 +279,18 @@ def test_ids_without_a_block_are_said_once_with_the_cure(model, make_batch, capl
         assert warnings_of(caplog, model, **embeds, latent_mask=nowhere) == []
 
 
+def test_a_class_that_does_not_think_says_so_of_a_checkpoint_that_does(caplog):
+    logger = logging.getLogger("multicoco.modeling_internvl_chat")
+    type(logger).warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger=logger.name):
+        MultiCoCoForConditionalGeneration.from_pretrained(TRAILS)
+        InternVLChatModel.from_pretrained(CHECKPOINT)
+        assert not [record for record in caplog.records if record.name == logger.name]
+        InternVLChatModel.from_pretrained(TRAILS)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == logger.name]
+    assert "was trained with 5 thoughts, which InternVLChatModel does not feed" in said
+
+
 def test_generating_without_a_block_is_said_once_and_decoding_says_nothing(model, make_batch, caplog):
     model.config.num_thoughts = 2
     logger = logging.getLogger("multicoco.modeling_multicoco")
