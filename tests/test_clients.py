@@ -557,7 +557,7 @@ def test_arguments_by_position_mean_what_they_mean_in_the_original(model, tokeni
 
 @pytest.mark.parametrize("argument", [{"history": [("a", "b")]}, {"return_history": True}], ids=["given", "asked"])
 def test_a_batch_has_no_history(model, tokenizer, boards, argument):
-    with pytest.raises((ValueError, NotImplementedError)):
+    with pytest.raises(ValueError, match="`history` and `return_history` are not supported by `batch_chat`"):
         model.batch_chat(tokenizer, boards[0].tile, [boards[0].question], dict(GREEDY), [1], **argument)
 
 

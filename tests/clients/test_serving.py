@@ -1,6 +1,7 @@
 """A saved folder behind transformers' server, in its pipeline and in a page: the answers are those of score.py."""
 
 import base64
+import contextlib
 import os
 import socket
 import subprocess
@@ -41,7 +42,8 @@ def wait_until_healthy(address, process, log):
             with urllib.request.urlopen(f"{address}/health", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
     pytest.fail(f"{address} has not started:\n{log.read_text()[-4000:]}")
 
 
