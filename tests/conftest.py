@@ -21,9 +21,11 @@ torch.set_num_threads(1)  # tiny tensors: more threads cost more than they give
 
 GOLDEN = Path(__file__).parent / "golden"
 TRAILS = GOLDEN / "trails"  # from `make train` of version 0.1 (commit 164e1a9), as it was saved but for the code
-# Recorded float64 logits have float32 inside (rotary table, norms), whose last bits differ between processors: 1e-6 on
-# the one that recorded them, 2.5e-6 seen on an AVX2 machine with the code unchanged.
-FLOAT32_INSIDE = 5e-6
+# Recorded float64 logits of the original have float32 inside (norms, softmax, rotary table). Taking the norms and the
+# softmax alone to float64 moves these logits by 3.9e-6, so 1e-6 asks for the recording processor's last bits. It was
+# missed (2.5e-6) on a processor without AVX-512, by code that had passed elsewhere; only
+# there the bound is wider. What is compared with tests/reference.py has no such part.
+FLOAT32_INSIDE = 5e-6 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 1e-6
 CHECKPOINT = GOLDEN / "internvl" / "checkpoint"  # original format: 28-pixel tiles of 4 tokens, width 64, 2 layers
 
 
