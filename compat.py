@@ -3,18 +3,62 @@
 Each function says in its last line what upstream could offer instead.
 """
 
+import argparse
+import atexit
 import contextlib
+import importlib
 import inspect
+import os
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.integrations.fsdp import is_fsdp_managed_module
+from transformers.utils import cached_file
 
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def leave() -> None:
+    """
+    Ends a rank whose work is done; nothing in a run of one process.
+
+    No rank leaves while another still writes. On gloo the process then ends without destructors: now and then one of
+    a thread of torch aborts ("terminate called without an active exception"), and a run that was saved whole would
+    be told to have failed.
+
+    Upstream: threads of gloo that are joined when their group is destroyed.
+    """
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    if dist.get_backend() != "gloo":
+        dist.destroy_process_group()
+        return
+    atexit._run_exitfuncs()  # of loggers, as at any other end
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def leave_out_shm_kernel() -> None:
+    """
+    DeepSpeed on CPU builds a kernel for shared memory, which needs a compiler and which gloo does without.
+
+    Upstream: a failed build that falls back to gloo.
+    """
+    importlib.import_module("deepspeed")
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -40,8 +84,7 @@ def gathered(weight: nn.Parameter):
     """
     if not hasattr(weight, "ds_id"):
         return contextlib.nullcontext()
-    import deepspeed
-
+    deepspeed = importlib.import_module("deepspeed")  # no `import`: who loads remote code needs each that is written
     return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
 
 
@@ -92,3 +135,59 @@ def checkpointed_with_cache(layers: Sequence[nn.Module]):
     finally:
         for layer in checkpointed:
             layer._can_checkpoint_with_cache = False
+
+
+def attention_of(config: PreTrainedConfig) -> str:
+    """
+    The attention implementation that the model of a configuration runs with.
+
+    Upstream: a public name for what `set_attn_implementation` sets.
+    """
+    return config._attn_implementation
+
+
+def optional_file(
+    name_or_path: str | os.PathLike, filename: str, *, needs_hub: bool = True, **hub_kwargs: Any
+) -> str | None:
+    """
+    The path of a file of a checkpoint, in a folder or from the Hub; `None` if there is no such file, and without
+    `needs_hub` also if the Hub cannot be asked for it.
+
+    Upstream: `cached_file` with a public way to say that a file may be missing.
+    """
+    return cached_file(
+        name_or_path,
+        filename,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=needs_hub,
+        _raise_exceptions_for_gated_repo=needs_hub,
+        **hub_kwargs,
+    )
+
+
+def flags_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """
+    What each flag of a parser does.
+
+    Upstream: argparse has no public way to ask.
+    """
+    return parser._option_string_actions
+
+
+def add_to_log(state: Any, logs: dict[str, Any], values: dict[str, Any]) -> None:
+    """
+    Adds, in a callback's `on_log`, to what is reported (`logs`) and to what is kept, of which the history has a copy.
+
+    Upstream: callbacks that are asked before the history is written.
+    """
+    logs.update(values)
+    state.log_history[-1].update(values)
+
+
+def put_first(trainer: Any, callbacks: Sequence[Any]) -> None:
+    """
+    Moves callbacks before the trainer's own, so that what they add to the log reaches progress bar and `report_to`.
+
+    Upstream: a place in the order for `callbacks=`.
+    """
+    trainer.callback_handler.callbacks.sort(key=lambda callback: callback not in callbacks)

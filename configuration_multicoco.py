@@ -9,7 +9,9 @@ import json
 from typing import Any
 
 from transformers import CONFIG_MAPPING, InternVLConfig
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
+
+from .compat import optional_file
 
 
 logger = logging.get_logger(__name__)
@@ -17,6 +19,7 @@ logger = logging.get_logger(__name__)
 IMAGE_CONTEXT_TOKEN = "<IMG_CONTEXT>"  # one per visual feature: the embedding there is overwritten
 IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<img>", "</img>"
 START_LATENT_TOKEN, LATENT_TOKEN, END_LATENT_TOKEN = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
+TURN_START_TOKEN, TURN_END_TOKEN = "<|im_start|>", "<|im_end|>"  # of the chat template
 
 # How a checkpoint was trained. `coconut` feeds thoughts back, the controls `pause` and `pause_loop` a constant; `cot`,
 # `no_cot` and `no_thoughts` differ in their data only.
@@ -276,7 +279,7 @@ def translate_internvl_chat(original: dict[str, Any], image_token_id: int) -> di
 def _image_token_id(name_or_path: str, hub_kwargs: dict[str, Any]) -> int:
     """The id of `<IMG_CONTEXT>` from the JSON files of the tokenizer beside a `config.json` that does not hold it."""
     for filename in ("tokenizer_config.json", "added_tokens.json"):
-        path = cached_file(name_or_path, filename, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        path = optional_file(name_or_path, filename, **hub_kwargs)
         if path is None:
             continue
         with open(path, encoding="utf-8") as file:

@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from multicoco.data_multicoco import load_records
-from multicoco.diagnose_page import FOLLOWING, WITHOUT_DONOR, draw_attention, p_value, page, percent, points
-from multicoco.interventions import Diagnosis, Scores, examine, summarise
-from multicoco.score import AskArguments, ScoreArguments, check_records, load_metric
-from multicoco.settings import parse_settings
+from multicoco.evaluation.diagnosis import Diagnosis
+from multicoco.evaluation.measurements import examine
+from multicoco.evaluation.metric import check_records, load_metric
+from multicoco.evaluation.page import FOLLOWING, WITHOUT_DONOR, draw_attention, p_value, page, percent, points
+from multicoco.evaluation.settings import choose_device, parse_settings
+from multicoco.evaluation.subject import AskArguments
+from multicoco.evaluation.verdicts import Scores, summarise
 
 
 @dataclass(kw_only=True)
@@ -48,6 +48,7 @@ class DiagnoseArguments(AskArguments):
     seed: int = field(default=0, metadata={"help": "Seed of noise, donors and resampling."})
 
     def __post_init__(self):
+        super().__post_init__()
         for name, least in (
             ("num_thoughts", 0),
             ("max_samples", 2),
@@ -55,7 +56,6 @@ class DiagnoseArguments(AskArguments):
             ("num_drawn", 0),
             ("num_attention", 1),
             ("seed", 0),
-            ("max_new_tokens", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -65,19 +65,11 @@ class DiagnoseArguments(AskArguments):
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Diagnoses as the flags say; returns what diagnosis.json holds."""
     arguments = parse_settings(DiagnoseArguments, __doc__, sys.argv[1:] if arguments is None else arguments)
-    device = torch.device("cpu")
-    if torch.accelerator.is_available() and not arguments.use_cpu:
-        device = torch.accelerator.current_accelerator()
-    records = load_records(
-        arguments.data,
-        columns=json.loads(arguments.column_mapping) if arguments.column_mapping else None,
-        split=arguments.split,
-        needs_steps=False,
-        allow_outside=arguments.allow_outside,
-    )[: arguments.max_samples]
+    device = choose_device(arguments.use_cpu)
+    records = arguments.read(arguments.data, split=arguments.split, needs_steps=False)[: arguments.max_samples]
     if len(records) < 2:
         raise ValueError(f"`--data` {arguments.data} has {len(records)} record, expected at least 2 to compare.")
-    check_records(records, ScoreArguments(model=[arguments.model], data=arguments.data, metric=arguments.metric))
+    check_records(records, arguments.metric)
     metric = load_metric(arguments.metric)
     metric(records[0], "")  # names of results that do not exist show now
     diagnosis, control, pictures = Diagnosis(arguments.model, records, arguments, device), None, []

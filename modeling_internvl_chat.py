@@ -29,6 +29,7 @@ from .configuration_multicoco import (
     IMAGE_CONTEXT_TOKEN,
     IMAGE_END_TOKEN,
     IMAGE_START_TOKEN,
+    TURN_END_TOKEN,
     MultiCoCoConfig,
 )
 from .processing_multicoco import (
@@ -668,7 +669,7 @@ class InternVLChatModel(InternVLForConditionalGeneration):
             inputs["pixel_values"] = pixel_values.to(self.device, self.dtype)
             inputs["num_patches_list"] = num_patches_list
         settings = {
-            "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            "eos_token_id": tokenizer.convert_tokens_to_ids(TURN_END_TOKEN),
             "pad_token_id": tokenizer.pad_token_id,
         }
         if isinstance(generation_config, dict):

@@ -29,7 +29,15 @@ from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutpu
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .compat import checkpointed_with_cache, gathered, is_reentrant, is_sharded, most_of_all_ranks, settled_rotary
+from .compat import (
+    attention_of,
+    checkpointed_with_cache,
+    gathered,
+    is_reentrant,
+    is_sharded,
+    most_of_all_ranks,
+    settled_rotary,
+)
 from .configuration_multicoco import (
     CONSTANT_FEEDBACKS,
     END_LATENT_TOKEN,
@@ -328,7 +336,7 @@ class MultiCoCoModel(InternVLChatBackbone):
 
     @property
     def _has_flash(self) -> bool:
-        return "flash" in self.language_model.config._attn_implementation  # the tower may have another
+        return "flash" in attention_of(self.language_model.config)  # the tower may have another
 
     def latent_mask(self, input_ids, latent_mask=None, past_key_values=None) -> torch.BoolTensor | None:
         """

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from .compat import attention_of
 from .configuration_multicoco import END_LATENT_TOKEN, LATENT_TOKEN, START_LATENT_TOKEN
 
 
@@ -123,7 +124,7 @@ def answer_visibility(config, answer_sees: str, input_ids: torch.LongTensor | No
         config, answer_sees, None if input_ids is None else input_ids[:, :length], latent_mask
     )
     after, hidden = ~pad_mask(~after, input_ids.shape[1]), pad_mask(hidden, input_ids.shape[1])
-    implementation = config.text_config._attn_implementation
+    implementation = attention_of(config.text_config)
     if implementation not in ("eager", "sdpa"):
         raise ValueError(
             f"`answer_sees={answer_sees!r}` needs attention masks, which {implementation} does not take. Load the "

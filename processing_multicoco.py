@@ -30,6 +30,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from .compat import optional_file
 from .configuration_multicoco import (
     END_LATENT_TOKEN,
     HUB_KWARGS,
@@ -38,6 +39,7 @@ from .configuration_multicoco import (
     IMAGE_START_TOKEN,
     LATENT_TOKEN,
     START_LATENT_TOKEN,
+    TURN_START_TOKEN,
     MultiCoCoConfig,
 )
 
@@ -88,7 +90,7 @@ _BUDGET = re.compile(r"(set\s+budget\s*=\s*num_thoughts\s+if\s[^%]*?\selse\s+)(n
 _BLOCK = "{{ block }}"
 _LAST_BLOCK = "{% if loop.last and not add_generation_prompt %}" + _BLOCK + "{% endif %}"
 
-_TURN, _ASSISTANT_TURN = "<|im_start|>", "<|im_start|>assistant\n"
+_ASSISTANT_TURN = f"{TURN_START_TOKEN}assistant\n"
 _BLOCK_TEXT = re.compile(
     f"{re.escape(START_LATENT_TOKEN)}((?:{re.escape(LATENT_TOKEN)})*){re.escape(END_LATENT_TOKEN)}"
 )
@@ -203,7 +205,7 @@ def split_thought_block(text: str) -> tuple[str, int | None, str]:
         What stands before the block, its number of thoughts (`None`: there is no block), and what stands after it.
         Markers elsewhere are left where they are.
     """
-    start = text.rfind(_TURN)
+    start = text.rfind(TURN_START_TOKEN)
     if start < 0 or not text.startswith(_ASSISTANT_TURN, start):
         return text, None, ""
     place = start + len(_ASSISTANT_TURN)
@@ -270,7 +272,7 @@ def check_saved_budget(name_or_path: str | os.PathLike, num_thoughts: int | None
     """
 
     def read(filename):
-        path = cached_file(name_or_path, filename, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        path = optional_file(name_or_path, filename, **hub_kwargs)
         if path is None:
             return None
         with open(path, encoding="utf-8") as file:
@@ -420,12 +422,7 @@ class MultiCoCoProcessor(ProcessorMixin):
                 given; see [`~processing_multicoco.check_saved_budget`].
         """
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
-        path = cached_file(
-            pretrained_model_name_or_path,
-            "processor_config.json",
-            _raise_exceptions_for_missing_entries=False,
-            **hub_kwargs,
-        )
+        path = optional_file(pretrained_model_name_or_path, "processor_config.json", **hub_kwargs)
         if path is not None:
             with open(path, encoding="utf-8") as file:
                 is_own = json.load(file).get("processor_class") == cls.__name__

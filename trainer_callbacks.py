@@ -18,8 +18,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from .compat import add_to_log, rank, world_size
 from .configuration_multicoco import feedback_of
-from .data_multicoco import CurriculumArguments, ReasoningCollator, StageDataset
+from .curriculum import CurriculumArguments
+from .data_multicoco import ReasoningCollator, StageDataset
 
 
 logger = logging.get_logger(__name__)
@@ -63,7 +65,7 @@ class CurriculumCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             num_thoughts = self.curriculum.num_thoughts(self.stage) or 0
-            _add_to_log(state, logs, {"curriculum/stage": self.stage, "curriculum/num_thoughts": num_thoughts})
+            add_to_log(state, logs, {"curriculum/stage": self.stage, "curriculum/num_thoughts": num_thoughts})
 
     def on_save(self, args, state, control, model=None, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -81,12 +83,6 @@ class CurriculumCallback(TrainerCallback):
         config.c_thought, config.max_latent_stage = self.curriculum.c_thought, self.curriculum.max_latent_stage
         if hasattr(processing_class, "num_thoughts"):
             processing_class.num_thoughts = num_thoughts
-
-
-def _add_to_log(state, logs, values):
-    """To what is reported (`logs`) and to what is kept: the trainer has appended a copy to the history already."""
-    logs.update(values)
-    state.log_history[-1].update(values)
 
 
 def reset_optimizer(optimizer) -> None:
@@ -178,26 +174,26 @@ class AnswerCallback(TrainerCallback):
             control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        _add_to_log(state, logs, self.pending)
+        add_to_log(state, logs, self.pending)
         self.pending = {}
 
     @torch.no_grad()
     def measure(self, model, stage: int, disable_tqdm: bool = False) -> dict[str, float]:
         """Accuracy and mean number of new tokens at `stage`."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        world, own = world_size(), rank()
         share = -(-len(self.dataset) // world)  # the same for all ranks; surplus places repeat and are not counted
-        indices = list(range(rank, len(self.dataset), world))
+        indices = list(range(own, len(self.dataset), world))
         generate_kwargs = {"max_new_tokens": self.dataset.max_new_tokens(), "do_sample": False, "num_beams": 1}
         generate_kwargs |= self.generate_kwargs
         was_training = model.training
         model.eval()
         totals = torch.zeros(3, dtype=torch.long)  # correct, tokens, samples
         starts = range(0, share, self.batch_size)
-        for start in tqdm(starts, desc=f"answers at stage {stage}", leave=False, disable=disable_tqdm or rank > 0):
+        for start in tqdm(starts, desc=f"answers at stage {stage}", leave=False, disable=disable_tqdm or own > 0):
             places = range(start, min(start + self.batch_size, share))
-            chosen = [indices[place] if place < len(indices) else rank % len(self.dataset) for place in places]
-            batch = self.collator.prompts([self.dataset.prompt(index, stage) for index in chosen])
+            chosen = [indices[place] if place < len(indices) else own % len(self.dataset) for place in places]
+            prompts = [self.dataset.prompt(index, self.dataset.num_thoughts(index, stage)) for index in chosen]
+            batch = self.collator.prompts(prompts)
             length = batch["input_ids"].shape[1]
             batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
             output = model.generate(**batch, **generate_kwargs)

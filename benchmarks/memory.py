@@ -18,8 +18,9 @@ from transformers.utils import logging
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration
 from multicoco.benchmarks.passes import peak_memory, print_table
-from multicoco.memory import BatchShape, MemoryEstimate, estimate_memory
-from multicoco.train import ModelArguments, load_model
+from multicoco.training.arguments import ModelArguments
+from multicoco.training.loading import load_model
+from multicoco.training.memory import BatchShape, MemoryEstimate, estimate_memory
 
 
 GIB, MIB = 2**30, 2**20

@@ -13,7 +13,9 @@ from PIL import Image, ImageDraw
 from transformers import Trainer, TrainingArguments
 
 from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens
-from multicoco.data_multicoco import CurriculumArguments, ReasoningCollator, StageDataset, load_records
+from multicoco.curriculum import CurriculumArguments
+from multicoco.data_multicoco import ReasoningCollator, StageDataset
+from multicoco.records import load_records
 from multicoco.trainer_callbacks import CurriculumCallback
 
 

@@ -10,8 +10,8 @@ import argparse
 import json
 
 from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor
-from multicoco.data_multicoco import load_records, question_text
 from multicoco.processing_multicoco import OWN
+from multicoco.records import load_records, question_text
 
 
 def main(arguments: list[str] | None = None):

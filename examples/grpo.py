@@ -14,8 +14,9 @@ from datasets import Dataset, Image, List
 from trl import GRPOConfig, GRPOTrainer
 
 from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor
-from multicoco.data_multicoco import ANSWER_MARK, load_records, question_text
+from multicoco.curriculum import ANSWER_MARK
 from multicoco.processing_multicoco import IMAGE_PLACEHOLDER
+from multicoco.records import load_records, question_text
 
 
 def make_dataset(records: list[dict]) -> Dataset:

@@ -17,7 +17,7 @@ from datasets import Image as ImageFeature
 from datasets import load_dataset
 from PIL import Image
 
-from multicoco.data_multicoco import load_records
+from multicoco.records import load_records
 
 
 # --- steps -------------------------------------------------------------------------------------------------------

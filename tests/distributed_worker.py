@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers.integrations import HfDeepSpeedConfig  # noqa: E402
 
 from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens  # noqa: E402
-from multicoco.settings import leave  # noqa: E402
+from multicoco.compat import leave, leave_out_shm_kernel  # noqa: E402
 
 
 def read_batch(folder: Path, name: str, dtype: torch.dtype) -> dict:
@@ -77,8 +77,7 @@ class Zero(DDP):
     def __init__(self, folder: Path, stage: int):
         import deepspeed
 
-        # On a machine without a compiler the extension for shared memory cannot be built; gloo works without it.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+        leave_out_shm_kernel()
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
         self.settings = {
             "train_micro_batch_size_per_gpu": 1,

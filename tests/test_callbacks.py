@@ -8,9 +8,11 @@ import torch
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor
-from multicoco.data_multicoco import CurriculumArguments, ReasoningCollator, StageDataset, load_records
+from multicoco.curriculum import CurriculumArguments
+from multicoco.data_multicoco import ReasoningCollator, StageDataset
 from multicoco.processing_multicoco import thought_block
 from multicoco.recipes.trails.prepare import prepare
+from multicoco.records import load_records
 from multicoco.trainer_callbacks import (
     AnswerCallback,
     CompletionCallback,

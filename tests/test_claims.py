@@ -29,8 +29,10 @@ from transformers import ByT5Tokenizer, Trainer, TrainerCallback, TrainingArgume
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens
 from multicoco import modeling_multicoco as modeling
-from multicoco.data_multicoco import CurriculumArguments, ReasoningCollator, StageDataset, load_records
+from multicoco.curriculum import CurriculumArguments
+from multicoco.data_multicoco import ReasoningCollator, StageDataset
 from multicoco.processing_multicoco import RESERVED_TOKENS, prepare_tokenizer
+from multicoco.records import load_records
 from multicoco.trainer_callbacks import CurriculumCallback
 
 

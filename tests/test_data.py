@@ -16,17 +16,11 @@ from torch.utils.data import DataLoader
 from transformers import AddedToken, AutoTokenizer
 
 from multicoco import MultiCoCoProcessor
-from multicoco.data_multicoco import (
-    TRAINING_MODES,
-    CurriculumArguments,
-    ReasoningCollator,
-    StageDataset,
-    compose,
-    draw_stage,
-    load_records,
-    question_text,
-)
+from multicoco.configuration_multicoco import MODES
+from multicoco.curriculum import CurriculumArguments, compose, draw_stage
+from multicoco.data_multicoco import ReasoningCollator, StageDataset
 from multicoco.modeling_internvl_chat import count_positions
+from multicoco.records import load_records, question_text
 
 
 COCONUT = GOLDEN / "coconut"
@@ -65,8 +59,8 @@ def golden_compose(case, sample, stage, is_prompt=False):
     block_ids = (START, LATENT, END) if has_markers else (None, LATENT, None)
     if "mode" in case and not case["mode"].endswith("_markers"):  # those two are no modes of ours, but can be composed
         assert curriculum.has_block == has_markers
-        block_ids = block_ids if curriculum.has_block else None
-    return compose(question, steps, answer, num_thoughts, num_gone, block_ids)
+        num_thoughts = num_thoughts if curriculum.has_block else None
+    return compose(question, steps[num_gone:], answer, num_thoughts, block_ids)
 
 
 @pytest.mark.parametrize("case", CASES["train_cases"], ids=setting_name)
@@ -172,7 +166,7 @@ def test_schedule_is_a_function_of_the_epoch():
     assert CurriculumArguments(final_stage=False, max_latent_stage=2).last_stage == 2
 
 
-@pytest.mark.parametrize("mode", TRAINING_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_all_modes_train_equally_long(mode):
     curriculum, coconut = CurriculumArguments(mode=mode), CurriculumArguments()
     assert curriculum.num_epochs == coconut.num_epochs == 15
@@ -530,7 +524,7 @@ def make_dataset(records, processor):
     return make
 
 
-@pytest.mark.parametrize("mode", TRAINING_MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_samples_are_the_text_they_stand_for(make_dataset, processor, mode):
     dataset = make_dataset(mode=mode)
     ids = processor.tokenizer.convert_tokens_to_ids
@@ -541,7 +535,7 @@ def test_samples_are_the_text_they_stand_for(make_dataset, processor, mode):
             num_thoughts, num_gone = dataset.curriculum.budget(len(item["steps"]), stage)
             body = "".join(step + "\n" for step in item["steps"][num_gone:]) + f"### {item['answer']}<|im_end|>"
             body_ids = processor.tokenizer(body)["input_ids"]
-            prompt_ids = dataset.prompt(index)["input_ids"]
+            prompt_ids = dataset.prompt(index, dataset.num_thoughts(index, dataset.stage))["input_ids"]
             assert sample["input_ids"] == prompt_ids + body_ids
             assert sample["labels"] == [-100] * len(prompt_ids) + body_ids
             assert prompt_ids.count(ids("<|latent|>")) == num_thoughts
@@ -560,7 +554,7 @@ def test_prompts_equal_the_output_of_the_processor(make_dataset, processor):
                 num_thoughts=dataset.curriculum.num_thoughts(stage),
                 return_tensors="pt",
             )
-            batch = collator.prompts([dataset.prompt(index, stage)])
+            batch = collator.prompts([dataset.prompt(index, dataset.num_thoughts(index, stage))])
             assert batch["input_ids"].tolist() == expected["input_ids"].tolist()
             assert batch.get("num_patches_list", []) == list(expected.get("num_patches_list", []))
             if item["images"]:
@@ -579,7 +573,7 @@ def test_prompts_equal_the_chat_template_with_image_parts(make_dataset, processo
         return_dict=True,
         return_tensors="pt",
     )
-    batch = ReasoningCollator(processor).prompts([dataset.prompt(1, stage=2)])
+    batch = ReasoningCollator(processor).prompts([dataset.prompt(1, dataset.num_thoughts(1, stage=2))])
     assert batch["input_ids"].tolist() == expected["input_ids"].tolist()
     torch.testing.assert_close(batch["pixel_values"], expected["pixel_values"], atol=0, rtol=0)
 
@@ -762,11 +756,11 @@ def test_a_batch_equals_the_plain_definition(shared_model, make_dataset, process
 
 def test_prompts_are_padded_on_the_left_and_have_no_labels(make_dataset, processor):
     dataset, collator = make_dataset(), ReasoningCollator(processor)
-    batch = collator.prompts([dataset.prompt(index, stage=1) for index in range(len(dataset))])
+    batch = collator.prompts([dataset.prompt(index, dataset.num_thoughts(index, 1)) for index in range(len(dataset))])
     assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "num_patches_list"}
     assert batch["attention_mask"][:, -1].all()
     for index, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)):
-        assert ids[mask].tolist() == dataset.prompt(index, stage=1)["input_ids"]
+        assert ids[mask].tolist() == dataset.prompt(index, dataset.num_thoughts(index, stage=1))["input_ids"]
         assert (ids[~mask] == collator.pad_token_id).all()
 
 

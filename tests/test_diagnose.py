@@ -12,11 +12,14 @@ import pytest
 import torch
 from reference import reference_embeds, widened
 
-from multicoco import MultiCoCoForConditionalGeneration, diagnose, diagnose_page, interventions
-from multicoco.data_multicoco import load_records
+from multicoco import MultiCoCoForConditionalGeneration, diagnose
+from multicoco.evaluation import diagnosis as diagnosing
+from multicoco.evaluation import experiments, measurements, verdicts
+from multicoco.evaluation import page as diagnosis_page
+from multicoco.evaluation.settings import parse_settings
 from multicoco.recipes.trails.prepare import COLOURS, cell_name, prepare
 from multicoco.recipes.trails.start_model import make_model, make_processor
-from multicoco.settings import parse_settings
+from multicoco.records import load_records
 
 
 NUM_SAMPLES, NUM_THOUGHTS = 24, 3
@@ -144,16 +147,16 @@ def test_thoughts_are_found_to_be_used_where_there_are_only_two_answers(folder, 
     found = report["thoughts"]
     assert found["following"]["own_picture"]["test"]["difference"] == 0
     assert found["followed"] == ["same_answer"]
-    assert (found["verdict"], found["used_indices"]) == (interventions.USED, [1])
+    assert (found["verdict"], found["used_indices"]) == (verdicts.USED, [1])
 
 
 def flip_rates(report, place):
     return {
         kind: [
-            report["experiments"][interventions.name_of(kind, index, place, NUM_THOUGHTS)]["flips"]["rate"]
+            report["experiments"][experiments.name_of(kind, index, place, NUM_THOUGHTS)]["flips"]["rate"]
             for index in range(NUM_THOUGHTS)
         ]
-        for kind in interventions.KINDS
+        for kind in experiments.KINDS
     }
 
 
@@ -162,7 +165,7 @@ def flip_rates(report, place):
 def test_a_model_that_reads_one_thought_is_found_to_use_that_index(reports, reads, place):
     report = reports[f"reads-{reads}"]
     assert report["experiments"]["intact"]["accuracy"]["rate"] == 1
-    assert report["thoughts"]["verdict"] == interventions.USED
+    assert report["thoughts"]["verdict"] == verdicts.USED
     assert report["thoughts"]["used_indices"] == [reads]
     for kind, rates in flip_rates(report, place).items():
         assert rates[reads] > 0.5, kind
@@ -182,16 +185,16 @@ def test_answers_follow_the_donor_of_the_thoughts_that_are_read(reports, reads):
 def test_a_model_that_ignores_its_thoughts_is_not_shown_to_use_them(reports):
     report = reports["ignores"]
     assert report["experiments"]["intact"]["accuracy"]["rate"] == 1
-    assert report["thoughts"]["verdict"] == interventions.NOT_SHOWN
+    assert report["thoughts"]["verdict"] == verdicts.NOT_SHOWN
     assert report["thoughts"]["harmful"] == report["thoughts"]["used_indices"] == []
-    assert flip_rates(report, "inside") == {kind: [0] * NUM_THOUGHTS for kind in interventions.KINDS}
+    assert flip_rates(report, "inside") == {kind: [0] * NUM_THOUGHTS for kind in experiments.KINDS}
     assert report["thoughts"]["stays"]["rate"] == 1
 
 
 @pytest.mark.parametrize("name", ["reads-1", "ignores"])
 def test_a_picture_that_no_answer_reads_is_not_shown_to_be_used(reports, name):
     picture = reports[name]["picture"]
-    assert picture["verdict"] == picture["through_verdict"] == interventions.NOT_SHOWN
+    assert picture["verdict"] == picture["through_verdict"] == verdicts.NOT_SHOWN
 
 
 def test_the_answer_of_a_model_that_reads_a_thought_needs_nothing_else(reports):
@@ -212,11 +215,11 @@ def test_thoughts_that_all_samples_share_are_called_collapsed(reports):
     """A thought of the planted models is one of 8 vectors, whatever the index; a random model's differ."""
     for name in ("reads-1", "ignores"):
         found = reports[name]["geometry"]
-        assert min(found["spread"]) > interventions.COLLAPSED_SHARE
+        assert min(found["spread"]) > measurements.COLLAPSED_SHARE
         assert max(found["effective_rank"]) < 8
     constant = {"spread": [0.5, 0.001], "cosine_with_next": [0.999]}
-    assert len(interventions.collapse_warnings(constant)) == 2
-    assert interventions.collapse_warnings({"spread": [0.5, 0.02], "cosine_with_next": [0.9]}) == []
+    assert len(measurements.collapse_warnings(constant)) == 2
+    assert measurements.collapse_warnings({"spread": [0.5, 0.02], "cosine_with_next": [0.9]}) == []
 
 
 def test_pause_thoughts_are_not_shown_to_be_used_though_zeros_do_harm(folder, tmp_path, trails_processor):
@@ -238,30 +241,30 @@ def test_pause_thoughts_are_not_shown_to_be_used_though_zeros_do_harm(folder, tm
     report = diagnose.main(words)
     assert report["experiments"]["intact"]["accuracy"]["rate"] == 1
     assert report["experiments"]["zero-all"]["accuracy"]["rate"] < 0.5
-    assert report["thoughts"]["verdict"] == interventions.NOT_SHOWN
+    assert report["thoughts"]["verdict"] == verdicts.NOT_SHOWN
     assert len(report["geometry"]["warnings"]) == 2
 
 
 def test_answers_that_follow_the_donor_only_under_its_picture_count(folder, tmp_path, reports):
     """Thoughts that hold a place: predictions as such a model gives them, put in the place of the recorded ones."""
     shutil.copytree(folder / "out" / "reads-1", tmp_path / "out")
-    experiments = next((tmp_path / "out" / "experiments").glob("reads-1-*"))
+    kept = next((tmp_path / "out" / "experiments").glob("reads-1-*"))
 
     def lines(name):
-        return [json.loads(line) for line in (experiments / f"{name}.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (kept / f"{name}.jsonl").read_text().splitlines()]
 
     header, *own = lines("swap-all")
     wrong = [header, *({**line, "prediction": "none"} for line in own)]
-    (experiments / "swap-all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in wrong))
+    (kept / "swap-all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in wrong))
     report = diagnose.main(flags(folder, "reads-1", tmp_path / "out"))
     assert report["thoughts"]["followed"] == ["donors_picture"]
-    assert report["thoughts"]["verdict"] == interventions.USED
+    assert report["thoughts"]["verdict"] == verdicts.USED
     header, *_ = lines("swap-picture")
     wrong = [header, *({**line, "prediction": "none"} for line in own)]
-    (experiments / "swap-picture.jsonl").write_text("".join(json.dumps(line) + "\n" for line in wrong))
+    (kept / "swap-picture.jsonl").write_text("".join(json.dumps(line) + "\n" for line in wrong))
     report = diagnose.main(flags(folder, "reads-1", tmp_path / "out"))
-    assert report["thoughts"]["harmful"] == list(interventions.KINDS)
-    assert report["thoughts"]["verdict"] == interventions.NOT_SHOWN
+    assert report["thoughts"]["harmful"] == list(experiments.KINDS)
+    assert report["thoughts"]["verdict"] == verdicts.NOT_SHOWN
 
 
 def test_random_models_yield_no_false_verdict(folder, tmp_path, trails_processor):
@@ -280,8 +283,8 @@ def test_random_models_yield_no_false_verdict(folder, tmp_path, trails_processor
         words = flags(tmp_path, "random", tmp_path / str(seed), "--seed", seed, "--num_attention", 1, "--num_drawn", 0)
         words[words.index("--data") + 1] = str(folder / "trails" / "train.jsonl")
         report = diagnose.main(words)
-        assert report["thoughts"]["verdict"] == interventions.NOT_SHOWN, seed
-        assert report["picture"]["verdict"] == report["picture"]["through_verdict"] == interventions.NOT_SHOWN, seed
+        assert report["thoughts"]["verdict"] == verdicts.NOT_SHOWN, seed
+        assert report["picture"]["verdict"] == report["picture"]["through_verdict"] == verdicts.NOT_SHOWN, seed
         changed += (report["experiments"]["swap-all"]["flips"]["rate"] or 0) > 0  # `None`: all answers are the same
     assert changed >= 5  # else nothing was tested
 
@@ -300,7 +303,7 @@ def scratch(folder):
     arguments.max_new_tokens = 4
     records = load_records(arguments.data)[:6]
     with widened():
-        diagnosis = interventions.Diagnosis(arguments.model, records, arguments, torch.device("cpu"))
+        diagnosis = diagnosing.Diagnosis(arguments.model, records, arguments, torch.device("cpu"))
         diagnosis.run()
         diagnosis.subject.load()
         thoughts = {
@@ -368,7 +371,7 @@ def plain_edit(diagnosis, thoughts, experiment, row):
 
 
 PLAIN = (
-    *(f"{kind}-all" for kind in interventions.KINDS),
+    *(f"{kind}-all" for kind in experiments.KINDS),
     *("zero-0-inside", "zero-0-after", "mean-1-inside", "mean-1-after", "noise-0-inside", "noise-1-after"),
     *("noise-all-after", "pause-2-inside", "swap-0-inside", "swap-1-after", "swap_same-all", "swap-picture"),
     *("decoy-picture", "grey-thoughts", "grey-answer", "other-thoughts", "other-answer"),
@@ -404,7 +407,7 @@ def test_pictures_are_those_of_a_recompute_from_scratch(scratch):
 
 def test_recorded_thoughts_fed_again_change_nothing(scratch):
     diagnosis, _ = scratch
-    again = interventions.Experiment("again", NUM_THOUGHTS, feed="intact")
+    again = experiments.Experiment("again", NUM_THOUGHTS, feed="intact")
     lines, _ = diagnosis.ask(again, range(6))
     assert [line["text"] for line in lines] == [line["text"] for line in diagnosis.lines["intact"]]
 
@@ -413,7 +416,7 @@ def test_donors_have_the_answer_they_should_and_as_many_tiles():
     answers, tiles = ["a", "b", "a", "b", "a", "c"], [[1], [1], [1], [2], [2], [1]]
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        same, other = (interventions.choose_donors(answers, tiles, wanted, rng) for wanted in (True, False))
+        same, other = (experiments.choose_donors(answers, tiles, wanted, rng) for wanted in (True, False))
         assert same.tolist() == [2, -1, 0, -1, -1, -1]
         assert other[3] == 4
         assert other[4] == 3
@@ -426,8 +429,8 @@ def test_lens_and_attention_equal_plain_ones(scratch):
     diagnosis, thoughts = scratch
     model = diagnosis.subject.model
     with widened():
-        lens = interventions.read_lens(diagnosis)
-        attention = interventions.measure_attention(diagnosis)
+        lens = measurements.read_lens(diagnosis)
+        attention = measurements.measure_attention(diagnosis)
     expected = model.lm_head(thoughts["own"]).topk(5).indices
     assert lens == expected.tolist()
     for sample in attention:
@@ -459,7 +462,7 @@ def test_the_lens_of_constant_thoughts_reads_the_states_before_them(scratch, mon
     monkeypatch.setattr(model.config, "thought_feedback", "latent_one_pass")
     constant = model.get_input_embeddings().weight[model.config.latent_token_id]
     with widened():
-        lens = interventions.read_lens(diagnosis)
+        lens = measurements.read_lens(diagnosis)
         embeds, _ = plain_embeds(diagnosis, 1, edit=lambda thought, index: constant[None])
         states = model.model.language_model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0]
     assert lens[1] == model.lm_head(states)[-NUM_THOUGHTS - 2 : -2].topk(5).indices.tolist()
@@ -468,19 +471,19 @@ def test_the_lens_of_constant_thoughts_reads_the_states_before_them(scratch, mon
 def test_lens_hits_are_counted_on_the_step_that_a_thought_replaced():
     lens = [[[1, 9], [2, 3], [7, 4]], [[8, 1], [5, 5], [4, 4]]]
     steps = [[1, 3], [1]]
-    assert interventions.lens_hits(lens, steps, 1, 0, 0)["top1"] == {0: True, 1: False}
-    assert interventions.lens_hits(lens, steps, 1, 0, 0)["top5"] == {0: True, 1: True}
-    assert interventions.lens_hits(lens, steps, 1, 1, 0)["top1"] == {0: False}
-    assert interventions.lens_hits(lens, steps, 2, 1, 0)["top1"] == {0: False, 1: False}
-    assert interventions.lens_hits(lens, steps, 1, 2, 0)["top1"] == {}
-    assert interventions.lens_hits(lens, steps, 1, 1, 0)["chance"] == {}  # there is no other sample
+    assert measurements.lens_hits(lens, steps, 1, 0, 0)["top1"] == {0: True, 1: False}
+    assert measurements.lens_hits(lens, steps, 1, 0, 0)["top5"] == {0: True, 1: True}
+    assert measurements.lens_hits(lens, steps, 1, 1, 0)["top1"] == {0: False}
+    assert measurements.lens_hits(lens, steps, 2, 1, 0)["top1"] == {0: False, 1: False}
+    assert measurements.lens_hits(lens, steps, 1, 2, 0)["top1"] == {}
+    assert measurements.lens_hits(lens, steps, 1, 1, 0)["chance"] == {}  # there is no other sample
 
 
 @pytest.mark.parametrize("count", [2, 3, 20])
 def test_chance_of_the_lens_is_never_a_samples_own_step(count):
     lens, steps = [[[row]] for row in range(count)], [[row] for row in range(count)]
     for seed in range(20):
-        hits = interventions.lens_hits(lens, steps, 1, 0, seed)
+        hits = measurements.lens_hits(lens, steps, 1, 0, seed)
         assert all(hits["top1"].values())
         assert list(hits["chance"]) == list(hits["top1"])
         assert not any(hits["chance"].values())
@@ -489,8 +492,8 @@ def test_chance_of_the_lens_is_never_a_samples_own_step(count):
 def test_effective_rank_counts_directions():
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(32, 4, generator=generator, dtype=torch.float64)).Q.T
-    assert interventions.effective_rank(torch.cat([basis, -basis]) + 5) == pytest.approx(4)
-    assert interventions.effective_rank(torch.ones(7, 32)) == 1
+    assert measurements.effective_rank(torch.cat([basis, -basis]) + 5) == pytest.approx(4)
+    assert measurements.effective_rank(torch.ones(7, 32)) == 1
 
 
 # --- page and files ----------------------------------------------------------------------------------------------
@@ -520,7 +523,7 @@ def test_the_page_loads_nothing_and_escapes_what_others_wrote(folder, reports):
     assert all(link.startswith("data:") for link in links.links)
     assert "script" not in links.elements
     assert links.handlers == []
-    assert diagnose_page.text(HOSTILE) in page
+    assert diagnosis_page.text(HOSTILE) in page
     assert HOSTILE not in page
     assert "url(" not in page
     assert "@import" not in page
@@ -585,17 +588,17 @@ def test_the_page_opens_in_chromium(folder, reports, tmp_path, width):
 
 
 def test_a_rerun_skips_what_is_finished(folder, tmp_path, monkeypatch):
-    asked, ask = [], interventions.Diagnosis.ask
+    asked, ask = [], diagnosing.Diagnosis.ask
 
     def recorded(self, experiment, rows, features=None):
         asked.append((experiment.name, list(rows)))
         return ask(self, experiment, rows, features)
 
-    monkeypatch.setattr(interventions.Diagnosis, "ask", recorded)
+    monkeypatch.setattr(diagnosing.Diagnosis, "ask", recorded)
     words = flags(folder, "random", tmp_path / "out", "--max_samples", 4, "--batch_size", 2)
     first = diagnose.main(words)
     assert len(asked) == 2 * len(first["experiments"])
-    experiments = next((tmp_path / "out" / "experiments").iterdir())
+    kept = next((tmp_path / "out" / "experiments").iterdir())
 
     asked.clear()
     with monkeypatch.context() as patch:  # nothing is left to do, so no model is loaded
@@ -603,10 +606,10 @@ def test_a_rerun_skips_what_is_finished(folder, tmp_path, monkeypatch):
         assert diagnose.main(words) == first
     assert asked == []
 
-    path = experiments / "zero-1-after.jsonl"  # killed in the middle of the third line
+    path = kept / "zero-1-after.jsonl"  # killed in the middle of the third line
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:3]) + lines[3][:20])
-    (experiments / "grey-both.safetensors").unlink()  # killed before the thoughts were written
+    (kept / "grey-both.safetensors").unlink()  # killed before the thoughts were written
     assert diagnose.main(words) == first
     assert asked == [("grey-both", [0, 1]), ("grey-both", [2, 3]), ("zero-1-after", [2, 3])]
     assert path.read_bytes() == b"".join(lines)
@@ -641,23 +644,23 @@ def test_bad_settings_are_named_before_anything_is_computed(folder, tmp_path, mo
 
 def test_intervals_and_tests_of_differences():
     first, second = [1.0] * 30 + [0.0] * 10, [0.0] * 20 + [1.0] * 10 + [0.0] * 10
-    found = interventions.difference(first, second)
+    found = verdicts.difference(first, second)
     assert found["difference"] == pytest.approx(0.5)
     assert found["low"] < 0.5 < found["high"]
     assert found["above_0"]
-    assert not interventions.difference(second, first)["above_0"]
-    few = interventions.difference([1.0] * 5, [0.0] * 5)  # every resample is above 0, yet 5 samples prove nothing
+    assert not verdicts.difference(second, first)["above_0"]
+    few = verdicts.difference([1.0] * 5, [0.0] * 5)  # every resample is above 0, yet 5 samples prove nothing
     assert few["low"] > 0
     assert not few["above_0"]
     assert found["num_tests"] == 1
-    assert not interventions.difference([1.0] * 8 + [0.0] * 8, [0.0] * 16, num_tests=20)["above_0"]
-    assert interventions.difference([], []) is None
-    assert interventions.difference([0.5, 1.0], [0.0, 0.25])["mcnemar_p"] is None
+    assert not verdicts.difference([1.0] * 8 + [0.0] * 8, [0.0] * 16, num_tests=20)["above_0"]
+    assert verdicts.difference([], []) is None
+    assert verdicts.difference([0.5, 1.0], [0.0, 0.25])["mcnemar_p"] is None
 
 
 def test_a_few_shares_of_a_point_prove_nothing():
     """The interval of two samples that both fall is above 0 at any level; they fall by chance once in four times."""
-    found = interventions.difference([1 / 3, 2 / 3], [0, 1 / 3], num_tests=24)
+    found = verdicts.difference([1 / 3, 2 / 3], [0, 1 / 3], num_tests=24)
     assert found["low"] > 0
     assert not found["above_0"]
-    assert interventions.difference([2 / 3] * 20, [1 / 3] * 20, num_tests=24)["above_0"]
+    assert verdicts.difference([2 / 3] * 20, [1 / 3] * 20, num_tests=24)["above_0"]

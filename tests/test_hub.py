@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from multicoco import MultiCoCoForConditionalGeneration, model_card, train
-from multicoco.intervals import wilson_interval
+from multicoco.evaluation.intervals import wilson_interval
+from multicoco.training.card import make_card
 
 
 PICTURE = GOLDEN / "internvl" / "images" / "square.png"
@@ -28,7 +29,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from transformers import Trainer, TrainingArguments
 from multicoco import train
-from multicoco.model_card import write_card
+from multicoco.training.card import write_card
 
 picture, logits_file, output_dir, *flags = sys.argv[1:]
 trainer = train.main([*flags, "--output_dir", output_dir, "--hub_model_id", "me/trained"])
@@ -220,14 +221,14 @@ def make_run(shared_model, tmp_path):
 
 def test_base_model_and_data_of_the_hub_stand_in_the_metadata(make_run):
     folder = make_run("out", model_name_or_path="OpenGVLab/InternVL3-1B", train_file="me/street", learning_rate=1e-5)
-    card = ModelCard(str(model_card.make_card(folder, license="mit", tags=["street"])))
+    card = ModelCard(str(make_card(folder, license="mit", tags=["street"])))
     assert (card.data.base_model, card.data.datasets) == ("OpenGVLab/InternVL3-1B", ["me/street"])
     assert (card.data.license, card.data.tags) == ("mit", ["multicoco", "coconut", "street"])
     assert "| learning rate | 1e-05 |" in card.text
 
 
 def test_a_licence_that_is_not_found_is_not_made_up(make_run):
-    card = model_card.make_card(make_run("out", model_name_or_path="OpenGVLab/InternVL3-1B"))
+    card = make_card(make_run("out", model_name_or_path="OpenGVLab/InternVL3-1B"))
     assert card.data.license == "unknown"
     assert "look it up" in card.text
 
@@ -243,7 +244,7 @@ def test_scores_take_the_place_of_the_last_answers_in_the_metadata(make_run):
     (folder / "scores").mkdir()
     report = {"settings": {"data": "/some/where/val.jsonl", "metric": "exact"}, "scores": rows}
     (folder / "scores" / "scores.json").write_text(json.dumps(report))
-    card = ModelCard(str(model_card.make_card(folder)))
+    card = ModelCard(str(make_card(folder)))
     assert [result.metric_value for result in card.data.eval_results] == [0.5, 0.875]
     assert {result.dataset_name for result in card.data.eval_results} == {"val.jsonl"}
     assert "| this model | `coconut` | 6 | 87.5% | 40.0% - 60.0% | 3.2 | 80 |" in card.text
@@ -268,14 +269,14 @@ def test_the_verdict_of_the_diagnosis_is_quoted(make_run):
     folder = make_run("out")
     (folder / "diagnosis").mkdir()
     (folder / "diagnosis" / "diagnosis.json").write_text(json.dumps({"thoughts": {"verdict": "not shown to be used"}}))
-    text = model_card.make_card(folder).text
+    text = make_card(folder).text
     assert "they are **not shown to be used**" in text
     assert "No control" not in text
 
 
 def test_what_is_no_run_is_refused(make_run, tmp_path):
     with pytest.raises(ValueError, match="no config.json, expected the folder of a finished run"):
-        model_card.make_card(tmp_path)
+        make_card(tmp_path)
     (unfinished := make_run("unfinished") / "results.json").unlink()
     with pytest.raises(ValueError, match="`controls` names .*unfinished, which has no results.json"):
-        model_card.make_card(make_run("out"), controls=[unfinished.parent])
+        make_card(make_run("out"), controls=[unfinished.parent])

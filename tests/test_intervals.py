@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from multicoco.intervals import mcnemar, mean_interval, paired_bootstrap, wilson_interval
+from multicoco.evaluation.intervals import mcnemar, mean_interval, paired_bootstrap, wilson_interval
 
 
 # --- Wilson ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiC
 peft = pytest.importorskip("peft", reason="LoRA needs the package peft (`pip install multicoco[peft]`)")
 
 from multicoco.examples import merge_lora  # noqa: E402
+from multicoco.training.trainer import EpochLengthSampler  # noqa: E402
 
 
 PICTURE = GOLDEN / "internvl" / "images" / "wide.png"
@@ -89,7 +90,7 @@ def test_samples_of_like_length_are_grouped_in_another_order_each_epoch(trainer)
     tiles = sum(dataset[1]["num_patches_list"])
     assert tiles > 1
     assert lengths[1] - lengths[0] >= tiles * dataset.num_image_token  # every tile counts
-    sampler = train.EpochLengthSampler(dataset, batch_size=4, seed=0)
+    sampler = EpochLengthSampler(dataset, batch_size=4, seed=0)
 
     def padding(order):
         batches = [[lengths[index] for index in order[start : start + 4]] for start in range(0, len(order), 4)]

@@ -10,10 +10,14 @@ from transformers import TrainingArguments
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor, train
 from multicoco.benchmarks import memory as benchmark
 from multicoco.benchmarks.memory import FAMILY, NO_THOUGHTS, make_batch, make_config, make_internvl3
-from multicoco.data_multicoco import CurriculumArguments, ReasoningCollator, StageDataset, load_records
-from multicoco.memory import PARTS, BatchShape, estimate_memory, worst_batches
+from multicoco.curriculum import CurriculumArguments
+from multicoco.data_multicoco import ReasoningCollator, StageDataset
 from multicoco.recipes.trails.prepare import prepare
 from multicoco.recipes.trails.start_model import make_start_model
+from multicoco.records import load_records
+from multicoco.training.arguments import ModelArguments
+from multicoco.training.loading import load_model
+from multicoco.training.memory import PARTS, BatchShape, estimate_memory, worst_batches
 
 
 RUNS = {
@@ -109,7 +113,7 @@ def test_counts_are_those_of_the_model_that_is_trained(flags, tmp_path):
     assert estimate.num_parameters == sum(weight.numel() for weight in model.parameters())
     model.save_pretrained(tmp_path)
     args = TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to="none")
-    model = train.load_model(train.ModelArguments(str(tmp_path), **flags), args, None)
+    model = load_model(ModelArguments(str(tmp_path), **flags), args, None)
     assert estimate.num_trainable == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     assert estimate.weights == 4 * sum(weight.numel() for weight in model.parameters())
 

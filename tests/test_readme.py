@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import CHECKPOINT, GOLDEN, TRAILS
 
-from multicoco import train
+from multicoco.training import arguments
+from multicoco.training.arguments import parse
 
 
 ROOT = Path(__file__).parent.parent
@@ -89,9 +90,9 @@ def test_commands_are_right(line, monkeypatch):
             assert (ROOT / word).is_file(), word
     if script == "train.py":
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(train, "_prepare_deepspeed_on_cpu", list)  # would start a process group
+        monkeypatch.setattr(arguments, "_prepare_deepspeed_on_cpu", list)  # would start a process group
         flags = [word for place, word in enumerate(flags) if "--deepspeed" not in flags[max(0, place - 1) : place + 1]]
-        _, _, curriculum, args, _ = train.parse(flags)
+        _, _, curriculum, args, _ = parse(None, flags)
         assert args.num_train_epochs >= 1
         assert curriculum.num_epochs >= 1
     else:

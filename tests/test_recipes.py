@@ -14,7 +14,8 @@ from PIL import Image
 from tokenizers import AddedToken
 
 from multicoco import MultiCoCoProcessor, score, train
-from multicoco.data_multicoco import CurriculumArguments, ReasoningCollator, StageDataset, load_records
+from multicoco.curriculum import CurriculumArguments
+from multicoco.data_multicoco import ReasoningCollator, StageDataset
 from multicoco.metrics import aokvqa as aokvqa_metric
 from multicoco.recipes import common
 from multicoco.recipes.aokvqa import prepare as aokvqa
@@ -22,6 +23,7 @@ from multicoco.recipes.llava_cot import prepare as llava_cot
 from multicoco.recipes.m3cot import prepare as m3cot
 from multicoco.recipes.scienceqa import prepare as scienceqa
 from multicoco.recipes.text_json import prepare as text_json
+from multicoco.records import load_records
 
 
 NUM_ROWS = 12
@@ -316,7 +318,8 @@ def test_every_split_loads_and_composes_at_every_stage(prepared, bytes_processor
         dataset = StageDataset(records[:2], bytes_processor, curriculum)
         for stage in range(curriculum.last_stage + 1):
             dataset.set_stage(stage)
-            batch = collator.prompts([dataset.prompt(index) for index in range(len(dataset))])
+            indices = range(len(dataset))
+            batch = collator.prompts([dataset.prompt(index, dataset.num_thoughts(index, stage)) for index in indices])
             if records[0]["answer"] is not None:
                 batch = collator([dataset[index] for index in range(len(dataset))])
             assert len(batch["input_ids"]) == len(dataset)
@@ -440,7 +443,7 @@ def test_the_test_split_can_be_asked_but_not_trained_on(prepared, bytes_processo
     records = load_records(path, needs_steps=False, needs_answer=False)
     assert (records[0]["answer"], records[0]["answers"], records[0]["steps"]) == (None, [], [])
     dataset = StageDataset(records, bytes_processor, CurriculumArguments(c_thought=1, max_latent_stage=2))
-    text = bytes_processor.tokenizer.decode(dataset.prompt(0, stage=2)["input_ids"])
+    text = bytes_processor.tokenizer.decode(dataset.prompt(0, dataset.num_thoughts(0, stage=2))["input_ids"])
     assert "Choices: cab, bus , boat, no 0" in text
     assert text.endswith("<|start-latent|><|latent|><|latent|><|end-latent|>")
     with pytest.raises(ValueError, match="'test0': `answer` is missing"):
@@ -675,7 +678,8 @@ def test_one_rationale_is_the_same_as_steps(bytes_processor):
         for dataset in datasets:
             dataset.set_stage(stage)
         assert datasets[0][0] == datasets[1][0]
-        assert datasets[0].prompt(0) == datasets[1].prompt(0)
+        assert datasets[0].num_thoughts(0, stage) == datasets[1].num_thoughts(0, stage)
+        assert datasets[0].prompt(0, stage) == datasets[1].prompt(0, stage)
 
 
 def test_limits_count_the_longest_rationale(bytes_processor):
@@ -683,7 +687,7 @@ def test_limits_count_the_longest_rationale(bytes_processor):
     short, long = (stage_dataset(bytes_processor, [asked(steps=steps)]) for steps in row["rationales"])
     both = stage_dataset(bytes_processor, [row])
     assert both.max_new_tokens() == long.max_new_tokens() > short.max_new_tokens()
-    assert both.prompt(0, CURRICULUM.last_stage) == long.prompt(0, CURRICULUM.last_stage)
+    assert both.num_thoughts(0, CURRICULUM.last_stage) == long.num_thoughts(0, CURRICULUM.last_stage)
     longest = len(long[0]["input_ids"])
     stage_dataset(bytes_processor, [row], max_length=longest)
     with pytest.raises(ValueError, match=f"are {longest} tokens, more than `max_length` {longest - 1}"):

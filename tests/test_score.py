@@ -14,12 +14,18 @@ import yaml
 from reference import reference_logits, widened
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor, score
-from multicoco.data_multicoco import CurriculumArguments, ReasoningCollator, StageDataset, load_records, question_text
-from multicoco.intervals import mcnemar, paired_bootstrap, wilson_interval
+from multicoco.curriculum import CurriculumArguments
+from multicoco.data_multicoco import ReasoningCollator, StageDataset
+from multicoco.evaluation.intervals import mcnemar, paired_bootstrap, wilson_interval
+from multicoco.evaluation.metric import load_metric
+from multicoco.evaluation.predictions import describe, predictions_path
+from multicoco.evaluation.scores import compare, summarise
+from multicoco.evaluation.settings import parse_settings
+from multicoco.evaluation.subject import AskArguments, Subject
 from multicoco.recipes.trails.prepare import COLOURS, prepare
 from multicoco.recipes.trails.start_model import make_start_model
+from multicoco.records import load_records, question_text
 from multicoco.score import ScoreArguments
-from multicoco.settings import parse_settings
 
 
 ROOT = Path(score.__file__).parent
@@ -217,9 +223,9 @@ def test_other_settings_data_or_weights_start_anew(folder, tmp_path):
     records = load_records(folder / "trails" / "asked.jsonl")
 
     def path(records=records, budget=None, **settings):
-        arguments = score.ScoreArguments(model=[str(tmp_path / "model")], data="asked.jsonl", **settings)
-        subject = score.Subject(str(tmp_path / "model"), records, arguments, torch.device("cpu"))
-        return score.predictions_path(tmp_path, score.describe(subject, records, budget))
+        arguments = ScoreArguments(model=[str(tmp_path / "model")], data="asked.jsonl", **settings)
+        subject = Subject(str(tmp_path / "model"), records, arguments, torch.device("cpu"))
+        return predictions_path(tmp_path, describe(subject, records, budget))
 
     first = path()
     assert path() == path(batch_size=1) == path(metric="exact") == first  # how it is computed, not what is asked
@@ -259,10 +265,8 @@ def test_two_ranks_give_the_table_of_one(folder, whole):
 def test_likelihood_of_choices_equals_the_plain_definition(folder, name, budget):
     """Without cache, padding or batch, in float64; the samples have 2, 3 and 4 choices."""
     records = load_records(folder / "trails" / "choices.jsonl")[:3]
-    arguments = score.ScoreArguments(
-        model=["-"], data="-", choices_by="likelihood", num_thoughts=None if budget is None else [budget]
-    )
-    subject = score.Subject(str(folder / name), records, arguments, torch.device("cpu"))
+    arguments = AskArguments(data="-")
+    subject = Subject(str(folder / name), records, arguments, torch.device("cpu"), choices_by="likelihood")
     subject.load()
     tokenizer, processor = subject.processor.tokenizer, subject.processor
     with widened(), torch.no_grad():
@@ -340,32 +344,27 @@ RECORD = {"id": 1, "answer": "18", "choices": [], "answers": []}
     ids=["exact", "other text", "exact_match", "numeric_match", "share", "no answers", "difficult"],
 )
 def test_scores_of_single_predictions(metric, record, prediction, expected):
-    judge = score.load_metric(metric if metric == "exact" else str(ROOT / "metrics" / metric))
+    judge = load_metric(metric if metric == "exact" else str(ROOT / "metrics" / metric))
     value = judge(RECORD | record, prediction)
     assert value == (expected if expected is None else pytest.approx(expected))
-
-
-class Named:
-    def __init__(self):
-        self.name, self.config = "some", MultiCoCoConfig()
 
 
 def test_shares_get_a_bootstrap_interval_and_what_does_not_count_is_left_out():
     lines = [{"new_tokens": number, "seconds": 0.5} for number in range(5)]
     values = [1 / 3, None, 1.0, 0.0, 2 / 3]
-    row = score.summarise(Named(), 4, lines, values)
+    row = summarise("some", MultiCoCoConfig(), 4, lines, values)
     counted = [1 / 3, 1.0, 0.0, 2 / 3]
     assert (row["samples"], row["scored"], row["accuracy"]) == (5, 4, pytest.approx(0.5))
     assert (row["low"], row["high"]) == pytest.approx(paired_bootstrap(counted, [0.0] * 4))
     assert (row["new_tokens"], row["seconds_per_sample"]) == (2.0, 0.5)
-    compared = score.compare(row, row, values, [0.0, None, 1.0, 1.0, 0.0])
+    compared = compare(row, row, values, [0.0, None, 1.0, 1.0, 0.0])
     assert compared["samples"] == 4
     assert compared["difference"] == pytest.approx(0.0)
     assert "mcnemar_p" not in compared
 
 
 def test_a_result_that_the_metric_lacks_is_named():
-    judge = score.load_metric(f"{ROOT / 'metrics' / 'answer_accuracy.py'}:numeric")
+    judge = load_metric(f"{ROOT / 'metrics' / 'answer_accuracy.py'}:numeric")
     with pytest.raises(ValueError, match="no result 'numeric', expected one of.*numeric_match"):
         judge(RECORD, "18")
 

@@ -13,7 +13,8 @@ from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from multicoco import MultiCoCoConfig, MultiCoCoProcessor
-from multicoco.data_multicoco import CurriculumArguments, StageDataset, load_records
+from multicoco.curriculum import CurriculumArguments
+from multicoco.data_multicoco import StageDataset
 from multicoco.processing_multicoco import (
     OWN,
     SYSTEM_MESSAGE,
@@ -24,6 +25,7 @@ from multicoco.processing_multicoco import (
     split_thought_block,
     thought_block,
 )
+from multicoco.records import load_records
 
 
 PROMPTS = json.loads((GOLDEN / "internvl" / "prompts.json").read_text(encoding="utf-8"))
@@ -345,7 +347,7 @@ def test_training_data_writes_its_own_blocks(processor):
     for num_thoughts in (None, 0, 3):
         processor.num_thoughts = num_thoughts
         dataset = StageDataset(load_records([row]), processor, CurriculumArguments(c_thought=1, max_latent_stage=2))
-        prompts[num_thoughts] = [dataset.prompt(0, stage)["input_ids"] for stage in range(3)]
+        prompts[num_thoughts] = [dataset.prompt(0, dataset.num_thoughts(0, stage))["input_ids"] for stage in range(3)]
     latent = processor.tokenizer.convert_tokens_to_ids("<|latent|>")
     assert [ids.count(latent) for ids in prompts[3]] == [0, 1, 2]
     assert prompts[None] == prompts[0] == prompts[3]

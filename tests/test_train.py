@@ -20,6 +20,7 @@ from multicoco.recipes.trails import compare, show
 from multicoco.recipes.trails.prepare import prepare
 from multicoco.recipes.trails.start_model import make_start_model
 from multicoco.trainer_callbacks import last_complete_checkpoint
+from multicoco.training.arguments import parse
 
 
 ROOT = Path(train.__file__).parent
@@ -111,8 +112,8 @@ NEEDED = {"model_name_or_path": "some/model", "train_file": "some.jsonl"}
 @pytest.mark.parametrize("name", ["a.yaml", "a.yml", "a.json"])
 def test_flags_win_over_the_file_and_each_setting_tells_its_source(write, name):
     path = write(name, {**NEEDED, "learning_rate": 1e-3, "final_stage": True, "seed": 5, "bf16": None})
-    model, data, curriculum, args, sources = train.parse(
-        [path, "--seed=7", "--no_final_stage", "--weight-decay", "0.5"]
+    model, data, curriculum, args, sources = parse(
+        None, [path, "--seed=7", "--no_final_stage", "--weight-decay", "0.5"]
     )
     assert (model.model_name_or_path, data.train_file) == ("some/model", "some.jsonl")
     assert (args.learning_rate, args.seed, args.weight_decay, curriculum.final_stage) == (1e-3, 7, 0.5, False)
@@ -125,7 +126,7 @@ def test_flags_win_over_the_file_and_each_setting_tells_its_source(write, name):
 def test_bools_lists_and_objects_are_read_from_the_file(write):
     settings = {"restart_schedule": True, "pad_latent_to_max": False, "report_to": ["none"], "label_names": ["a", "b"]}
     path = write("a.yaml", {**NEEDED, **settings, "column_mapping": {"steps": "rationale"}})
-    _, data, curriculum, args, _ = train.parse([path])
+    _, data, curriculum, args, _ = parse(None, [path])
     assert (curriculum.restart_schedule, curriculum.pad_latent_to_max) == (True, False)
     assert args.label_names == ["a", "b"]
     assert json.loads(data.column_mapping) == {"steps": "rationale"}
@@ -133,29 +134,29 @@ def test_bools_lists_and_objects_are_read_from_the_file(write):
 
 def test_the_file_may_stand_behind_a_switch_and_a_flag_may_take_a_file(write):
     path = write("a.yaml", NEEDED)
-    model, data, _, args, _ = train.parse(["--skip_bad_records", path, "--train_file", "other.json"])
+    model, data, _, args, _ = parse(None, ["--skip_bad_records", path, "--train_file", "other.json"])
     assert (data.skip_bad_records, data.train_file) == (True, "other.json")
 
 
 def test_epochs_are_those_of_the_curriculum_unless_given(write):
     path = write("a.yaml", {**NEEDED, "epochs_stage_0": 4, "epochs_per_stage": 2, "max_latent_stage": 3})
-    assert train.parse([path])[3].num_train_epochs == 4 + 2 * (3 + 1)
-    assert train.parse([path, "--num_train_epochs", "1"])[3].num_train_epochs == 1
+    assert parse(None, [path])[3].num_train_epochs == 4 + 2 * (3 + 1)
+    assert parse(None, [path, "--num_train_epochs", "1"])[3].num_train_epochs == 1
 
 
 def test_an_unknown_key_is_refused_by_name(write):
     with pytest.raises(ValueError, match="no_such_setting"):
-        train.parse([write("a.yaml", {**NEEDED, "no_such_setting": 1})])
+        parse(None, [write("a.yaml", {**NEEDED, "no_such_setting": 1})])
 
 
 def test_two_files_are_refused(write):
     with pytest.raises(ValueError, match="one settings file"):
-        train.parse([write("a.yaml", NEEDED), write("b.json", NEEDED)])
+        parse(None, [write("a.yaml", NEEDED), write("b.json", NEEDED)])
 
 
 def test_a_file_that_holds_no_names_is_refused(write):
     with pytest.raises(ValueError, match="holds a list"):
-        train.parse([write("a.yaml", ["mode"])])
+        parse(None, [write("a.yaml", ["mode"])])
 
 
 def test_help_tells_what_the_flags_do():

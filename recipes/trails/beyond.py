@@ -21,11 +21,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from multicoco.data_multicoco import load_records
-from multicoco.intervals import mean_interval
+from multicoco.evaluation.intervals import mean_interval
 from multicoco.recipes.trails.prepare import prepare
 from multicoco.recipes.trails.runs import ROOT, Run, add_flags, markdown, run_all
 from multicoco.recipes.trails.start_model import make_start_model
+from multicoco.records import load_records
 
 
 SIZE, MAX_ARROWS, MAX_TRAIN_ARROWS, MAX_STAGE = 6, 10, 8, 2

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor
-from multicoco.data_multicoco import load_records, question_text
 from multicoco.recipes.trails.prepare import CELL_PIXELS
+from multicoco.records import load_records, question_text
 
 
 def answer(model, processor, record: dict, num_thoughts: int) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from multicoco.intervals import mean_interval
+from multicoco.evaluation.intervals import mean_interval
 from multicoco.recipes.trails.prepare import COLOURS
 from multicoco.recipes.trails.runs import ROOT, Run, add_flags, markdown, run_all
 from multicoco.recipes.trails.start_model import make_start_model

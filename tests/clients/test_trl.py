@@ -27,8 +27,10 @@ from trl import (
 )
 
 from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor
-from multicoco.data_multicoco import CurriculumArguments, ReasoningCollator, StageDataset, load_records
+from multicoco.curriculum import CurriculumArguments
+from multicoco.data_multicoco import ReasoningCollator, StageDataset
 from multicoco.examples import grpo
+from multicoco.records import load_records
 from multicoco.trainer_callbacks import CurriculumCallback
 
 

@@ -13,6 +13,14 @@ def wilson_interval(rate: float, count: int, z: float = 1.96) -> tuple[float, fl
     return max(0.0, min(rate, centre - half)), min(1.0, max(rate, centre + half))  # rounding may cross the rate
 
 
+def mean_score_interval(scores: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a mean score: Wilson's where all are 0 or 1, else by bootstrap (shares of a point)."""
+    values = np.asarray(scores, float)
+    if np.isin(values, (0, 1)).all():
+        return wilson_interval(float(values.mean()), len(values))
+    return paired_bootstrap(values, np.zeros(len(values)))
+
+
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     """
     The two-sided p-value of McNemar's exact test (1947): whether of the samples that only one of the two has right,

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .configuration_multicoco import MultiCoCoConfig
-from .data_multicoco import StageDataset
-from .modeling_multicoco import MultiCoCoForConditionalGeneration
+from ..configuration_multicoco import MultiCoCoConfig
+from ..data_multicoco import StageDataset
+from ..modeling_multicoco import MultiCoCoForConditionalGeneration
 
 
 MAX_LIVE_PARAMETERS = 10**9  # DeepSpeed's default of `stage3_max_live_parameters` and `stage3_max_reuse_distance`
@@ -198,7 +198,7 @@ def estimate_memory(
 
     ```python
     >>> from multicoco import MultiCoCoConfig
-    >>> from multicoco.memory import BatchShape, estimate_memory
+    >>> from multicoco.training.memory import BatchShape, estimate_memory
 
     >>> config = MultiCoCoConfig.from_pretrained("OpenGVLab/InternVL3-1B")  # doctest: +SKIP
     >>> batch = BatchShape(samples=1, tiles=13, text_tokens=300, label_tokens=60, thoughts=6)
@@ -414,7 +414,7 @@ def worst_batches(dataset: StageDataset, batch_size: int) -> list[BatchShape]:
     stages are mixed, with the most thoughts and the most labels that a record may be drawn with.
     """
     curriculum, rows = dataset.curriculum, dataset.rows
-    markers = sum(token is not None for token in (dataset.block_ids or ())) - (dataset.block_ids is not None)
+    markers = 2 if curriculum.has_block else 0
     batches = []
     for stage in range(curriculum.last_stage + 1):
         lengths = []

@@ -10,17 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from multicoco.interventions import (
-    ALPHA,
-    COLLAPSED_COSINE,
-    COLLAPSED_SHARE,
-    KINDS,
-    NOT_SHOWN,
-    USED,
-    Diagnosis,
-    name_of,
-)
-from multicoco.processing_multicoco import open_image
+from ..processing_multicoco import open_image
+from .diagnosis import Diagnosis
+from .experiments import KINDS, name_of
+from .measurements import COLLAPSED_COSINE, COLLAPSED_SHARE
+from .verdicts import ALPHA, NOT_SHOWN, USED
 
 
 STYLE = """

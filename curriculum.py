@@ -1,0 +1,180 @@
+"""The curriculum: which stage an epoch has, how many thoughts a stage, which words a sample. Pure: no tensor, no file.
+
+At stage `s` the first `s` steps are gone and `s * c_thought` thoughts stand in their place:
+
+    question <|start-latent|> <|latent|> x (s * c_thought) <|end-latent|> step_{s+1} ... step_n ### answer <|im_end|>
+
+Only what follows the block is a label. The rules are those of the original program (facebookresearch/coconut, commit
+27273cb); where it trains and asks with different numbers of thoughts, we ask as we train.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .configuration_multicoco import MODES
+
+
+ANSWER_MARK = "### "
+MIXES = ("none", "linear", "uniform")
+
+
+@dataclass
+class CurriculumArguments:
+    """How written reasoning steps give way to continuous thoughts. Defaults are the paper's for GSM8k."""
+
+    mode: str = field(
+        default="coconut",
+        metadata={
+            "help": "coconut: thoughts replace steps, stage by stage. cot: written steps only. no_cot: answer only. "
+            "no_thoughts: steps vanish stage by stage and nothing replaces them. pause: as coconut, but the latent "
+            "token is a learned constant. pause_loop: the same in the passes of coconut.",
+            "choices": list(MODES),
+        },
+    )
+    c_thought: int = field(default=2, metadata={"help": "Continuous thoughts that replace one written step."})
+    max_latent_stage: int = field(default=3, metadata={"help": "Stages that replace one more step each."})
+    final_stage: bool = field(
+        default=True,
+        metadata={
+            "help": "One more stage without any written step, for records of more than `max_latent_stage` steps."
+        },
+    )
+    pad_latent_to_max: bool = field(
+        default=True,
+        metadata={"help": "In the final stage give every record the full budget, also with fewer steps than stages."},
+    )
+    epochs_per_stage: int = field(default=3, metadata={"help": "Epochs before the next step is replaced."})
+    epochs_stage_0: int | None = field(
+        default=None, metadata={"help": "Epochs of written reasoning first; `epochs_per_stage` if not given."}
+    )
+    mix: str = field(
+        default="none",
+        metadata={
+            "help": "Stage of a sample: none: the scheduled one. linear: any stage up to it, later ones more often "
+            "(i + 1). uniform: the original program's, any number of the record's own steps, at stage 0 too.",
+            "choices": list(MIXES),
+        },
+    )
+    mix_prob: float = field(
+        default=1.0, metadata={"help": "Probability that a sample is mixed rather than scheduled."}
+    )
+    reset_optimizer_every: str = field(
+        default="stage",
+        metadata={
+            "help": "Clear Adam's moments at every new stage (the paper), epoch (its program), or never.",
+            "choices": ["stage", "epoch", "never"],
+        },
+    )
+    restart_schedule: bool = field(
+        default=False,
+        metadata={"help": "Start the learning rate again at every stage: warm-up, then cosine down to a tenth."},
+    )
+
+    def __post_init__(self):
+        for name, options in (
+            ("mode", MODES),
+            ("mix", MIXES),
+            ("reset_optimizer_every", ("stage", "epoch", "never")),
+        ):
+            if getattr(self, name) not in options:
+                raise ValueError(f"`--{name}` must be one of {', '.join(options)}, got {getattr(self, name)!r}.")
+        for name, least in (("c_thought", 1), ("max_latent_stage", 0), ("epochs_per_stage", 1), ("epochs_stage_0", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`--{name}` must be at least {least}, got {value}.")
+        if not 0 <= self.mix_prob <= 1:
+            raise ValueError(f"`--mix_prob` must be between 0 and 1, got {self.mix_prob}.")
+
+    @property
+    def last_stage(self) -> int:
+        if self.mode in ("cot", "no_cot"):
+            return 0
+        return self.max_latent_stage + (1 if self.final_stage else 0)
+
+    @property
+    def first_epochs(self) -> int:
+        return self.epochs_per_stage if self.epochs_stage_0 is None else self.epochs_stage_0
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of the whole schedule. The modes without stages get as many, so that all train equally long."""
+        return self.first_epochs + (self.max_latent_stage + (1 if self.final_stage else 0)) * self.epochs_per_stage
+
+    def stage(self, epoch: int) -> int:
+        """The scheduled stage of an epoch (from 0); a pure function, so that a resumed run finds it by itself."""
+        if epoch < self.first_epochs:
+            return 0
+        return min(1 + (epoch - self.first_epochs) // self.epochs_per_stage, self.last_stage)
+
+    def budget(self, num_steps: int, stage: int) -> tuple[int, int]:
+        """Thoughts, and written steps that are gone, for a record of `num_steps` steps at `stage`."""
+        if self.mode == "cot":
+            return 0, 0
+        if self.mode == "no_cot":
+            return 0, num_steps
+        replaced, gone = stage, min(stage, num_steps)
+        if stage > self.max_latent_stage:
+            replaced = self.max_latent_stage if self.pad_latent_to_max else min(num_steps, self.max_latent_stage)
+            gone = num_steps
+        return (0 if self.mode == "no_thoughts" else replaced * self.c_thought), gone
+
+    @property
+    def has_block(self) -> bool:
+        """Whether the two markers of a thought block are written; the controls without thoughts have none."""
+        return self.mode in ("coconut", "pause", "pause_loop")
+
+    def num_thoughts(self, stage: int) -> int | None:
+        """The budget at inference after `stage`: what a checkpoint's configuration holds. `None`: no block."""
+        return self.budget(self.max_latent_stage + 1, stage)[0] if self.has_block else None
+
+
+def draw_stage(curriculum: CurriculumArguments, stage: int, num_steps: int, key: tuple[int, int, int]) -> int:
+    """The stage of one sample. `key` (seed, epoch, index) makes the draw the same on every rank, worker and resume."""
+    if curriculum.mix == "none" or curriculum.last_stage == 0:
+        return stage
+    generator = np.random.default_rng(key)
+    if generator.random() >= curriculum.mix_prob:
+        return stage
+    if curriculum.mix == "uniform":
+        most = num_steps if curriculum.final_stage else min(num_steps, curriculum.max_latent_stage)
+        return int(generator.integers(most + 1))  # beyond `max_latent_stage` is the form of the final stage
+    weights = np.arange(1, stage + 2)
+    return int(generator.choice(stage + 1, p=weights / weights.sum()))
+
+
+def draw_rationale(num_rationales: int, key: tuple[int, int, int]) -> int:
+    """Which of several alternative lists of steps is used. `key` is (seed, epoch, index), as in [`draw_stage`]."""
+    if num_rationales < 2:
+        return 0
+    return int(np.random.default_rng((*key, 1)).integers(num_rationales))  # 1: another stream than the stage's
+
+
+def compose(
+    question: Sequence[int],
+    steps: Sequence[Sequence[int]],
+    answer: Sequence[int],
+    num_thoughts: int | None,
+    block_ids: tuple[int | None, int, int | None],
+) -> tuple[list[int], list[int]]:
+    """
+    `input_ids` and `labels` of one sample from its pieces.
+
+    Args:
+        question, answer (`Sequence[int]`): Token ids of the pieces.
+        steps (`Sequence[Sequence[int]]`): Token ids of each step that is still written.
+        num_thoughts (`int`, *optional*): Latent tokens in the block; `None` for no block.
+        block_ids (`tuple`): Ids of start marker, latent, end marker; a marker that is `None` is left out.
+    """
+    prompt = list(question)
+    if num_thoughts is not None:
+        start, latent, end = block_ids
+        prompt += [token for token in (start, *[latent] * num_thoughts, end) if token is not None]
+    body = [token for step in steps for token in step] + list(answer)
+    return prompt + body, [-100] * len(prompt) + body
+
+
+def final_answer(text: str) -> str:
+    """The answer in a text that a model wrote: what stands after the last answer mark, without blanks at its ends."""
+    return text.rsplit(ANSWER_MARK, 1)[-1].strip()

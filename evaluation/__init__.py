@@ -1,0 +1,1 @@
+"""What score.py and diagnose.py are made of. Knows nothing of training."""

@@ -1,0 +1,133 @@
+"""Accuracies of checkpoints at numbers of thoughts, their comparison, table and picture. Knows no model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ..configuration_multicoco import MultiCoCoConfig
+from .intervals import mcnemar, mean_score_interval, paired_bootstrap
+
+
+def summarise(
+    model: str,
+    config: MultiCoCoConfig,
+    num_thoughts: int | None,
+    predictions: Sequence[Mapping[str, Any]],
+    scores: Sequence[float | None],
+) -> dict[str, Any]:
+    """One row of the table; `scores` is empty where none were asked for."""
+    count = len(predictions)
+    row = {
+        "model": model,
+        "mode": config.mode,
+        "stage": config.stage,
+        "num_thoughts": num_thoughts,
+        "samples": count,
+        "new_tokens": sum(line["new_tokens"] for line in predictions) / count,
+        "seconds_per_sample": sum(line["seconds"] for line in predictions) / count,
+    }
+    scores = [score for score in scores if score is not None]
+    if scores:
+        rate = sum(scores) / len(scores)
+        low, high = mean_score_interval(scores)
+        row |= {"scored": len(scores), "accuracy": rate, "low": low, "high": high}
+    return row
+
+
+def pair_budgets(budgets: Mapping[str, Sequence[int | None]], first: str, second: str) -> list[tuple]:
+    """Keys of rows to compare: the same budget asked of both; of a checkpoint without a block its only row."""
+    count = max(len(budgets[first]), len(budgets[second]))
+    keys = [
+        [(name, budget) for budget in budgets[name]] * (count if len(budgets[name]) == 1 else 1)
+        for name in (first, second)
+    ]
+    return [(mine, other) for mine, other in zip(*keys, strict=True) if mine != other]
+
+
+def compare(first: Mapping[str, Any], second: Mapping[str, Any], first_scores, second_scores) -> dict[str, Any]:
+    """Two rows on the same samples: the difference of their accuracies, its interval, and McNemar's p-value."""
+    pairs = [pair for pair in zip(first_scores, second_scores, strict=True) if None not in pair]
+    one, other = zip(*pairs, strict=True)
+    low, high = paired_bootstrap(one, other)
+    row = {
+        "model": first["model"],
+        "num_thoughts": first["num_thoughts"],
+        "other": second["model"],
+        "other_num_thoughts": second["num_thoughts"],
+        "samples": len(pairs),
+        "difference": (sum(one) - sum(other)) / len(pairs),
+        "low": low,
+        "high": high,
+    }
+    if set(one) | set(other) <= {0.0, 1.0}:  # McNemar's test knows right and wrong only
+        row["only_model"] = sum(a > b for a, b in pairs)
+        row["only_other"] = sum(a < b for a, b in pairs)
+        row["mcnemar_p"] = mcnemar([a == 1 for a in one], [b == 1 for b in other])
+    return row
+
+
+def score_table(rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """The tables in the terminal."""
+    width = max(len("model"), *(len(row["model"]) for row in rows)) + 2
+    lines = [
+        f"{'model':{width}}{'mode':13}{'thoughts':>8}  {'accuracy':>8}  {'95 % interval':>16}  {'new tokens':>10}  "
+        f"{'s/sample':>8}  {'samples':>7}"
+    ]
+    for row in rows:
+        accuracy, interval = "-", "-"
+        if "accuracy" in row:
+            accuracy, interval = f"{row['accuracy']:.1%}", f"{row['low']:.1%} - {row['high']:>6.1%}"
+        lines.append(
+            f"{row['model']:{width}}{row['mode']:13}{_budget(row['num_thoughts']):>8}  {accuracy:>8}  {interval:>16}  "
+            f"{row['new_tokens']:>10.1f}  {row['seconds_per_sample']:>8.3f}  {row.get('scored', row['samples']):>7}"
+        )
+    lines.append("s/sample: wall time of a batch over its samples, on one rank, pictures and prompts included.")
+    for row in comparisons:
+        test = f", McNemar's exact p = {row['mcnemar_p']:.3g}" if "mcnemar_p" in row else ""
+        test += f" (only one right: {row['only_model']}, {row['only_other']})" if test else ""
+        names = f"{row['model']} ({_budget(row['num_thoughts'])}) - "
+        names += f"{row['other']} ({_budget(row['other_num_thoughts'])})"
+        lines.append(f"{names}: {row['difference']:+.1%}, 95 % interval {row['low']:+.1%} to {row['high']:+.1%}{test}")
+    return "\n".join(lines)
+
+
+def _budget(num_thoughts: int | None) -> str:
+    return "no block" if num_thoughts is None else str(num_thoughts)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: str | Path):
+    """Accuracy against the budget of thoughts and against generated tokens, with 95 % intervals."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    budget_axes, token_axes = figure.subplots(1, 2)
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    for number, model in enumerate(models):
+        mine = sorted(
+            (row for row in rows if row["model"] == model),
+            key=lambda row: -1 if row["num_thoughts"] is None else row["num_thoughts"],
+        )
+        rates = [row["accuracy"] for row in mine]
+        low_high = [[max(0, row["accuracy"] - row["low"]) for row in mine]]
+        low_high.append([max(0, row["high"] - row["accuracy"]) for row in mine])
+        style = {"yerr": low_high, "color": f"C{number}", "marker": "o", "markersize": 4, "capsize": 3}
+        if mine[0]["num_thoughts"] is None:  # no block: the same beside every budget
+            budget_axes.axhline(rates[0], color=f"C{number}", linewidth=1, linestyle="--")
+        else:
+            budget_axes.errorbar([row["num_thoughts"] for row in mine], rates, linewidth=1, **style)
+        tokens = [row["new_tokens"] for row in mine]
+        token_axes.errorbar(tokens, rates, linestyle="none", label=model, **style)
+        for row in mine:
+            place = (row["new_tokens"], row["accuracy"])
+            token_axes.annotate(_budget(row["num_thoughts"]), place, (4, 4), textcoords="offset points", fontsize=7)
+    for axes in (budget_axes, token_axes):
+        axes.set(ylim=(0, 1.05), ylabel="accuracy")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(axis="y", color="0.92")
+    budget_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    budget_axes.set(xlabel="thoughts (95 % intervals; dashed: trained without a block)")
+    most = max(row["new_tokens"] for row in rows)
+    token_axes.set(xlabel="generated tokens per answer (labels: thoughts)", xlim=(0, max(1, most) * 1.15))
+    figure.legend(*token_axes.get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)

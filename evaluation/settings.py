@@ -1,0 +1,115 @@
+"""Settings of a command: dataclasses from flags and a file, and what their values stand for. Knows no model."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+
+from ..compat import flags_of
+from ..processing_multicoco import MultiCoCoProcessor
+from ..records import load_records
+
+
+SETTINGS_FILES = (".yaml", ".yml", ".json")
+
+
+def read_settings(path: str | Path) -> dict[str, list[str]]:
+    """
+    For each name in the file the words that one would type: `{"model": ["--model", "a", "b"]}`. A name whose value
+    is `null` is as if it were not there.
+
+    Raises:
+        ValueError: the file does not exist, or holds something other than names and values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"`{path}` does not exist, expected a file of settings. Check the path.")
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"`{path}` holds a {type(settings).__name__}, expected names and values of flags.")
+    words = {}
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        if value is not None:
+            words[name] = [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in values)]
+    return words
+
+
+def make_parser(*kinds: type, description: str | None) -> HfArgumentParser:
+    """Flags of these dataclasses, and a description that is shown as it is written."""
+    return HfArgumentParser(kinds, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def find_settings(parser: HfArgumentParser, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """
+    Puts what a settings file among the arguments says before them, so that flags win over it. The file may stand
+    anywhere but behind a flag that takes a value.
+
+    Returns:
+        The words to parse, and for each setting that is given where it comes from: the file or `"command line"`.
+
+    Raises:
+        ValueError: more than one file, or see [`read_settings`].
+    """
+    flags = flags_of(parser)
+    switches = {flag for flag, action in flags.items() if action.nargs in ("?", 0)}
+    files, words, sources = [], [], {}
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_value = before.startswith("--") and "=" not in before and before not in switches
+        if argument.endswith(SETTINGS_FILES) and not argument.startswith("--") and not is_value:
+            files.append(argument)
+            continue
+        words.append(argument)
+        if argument.startswith("--"):
+            action = flags.get(argument.split("=")[0])
+            sources[action.dest if action else argument] = "command line"
+    if len(files) > 1:
+        raise ValueError(f"Give one settings file, got {files}.")
+    from_file = read_settings(files[0]) if files else {}
+    sources = dict.fromkeys(from_file, *files) | sources
+    return [*(word for typed in from_file.values() for word in typed), *words], sources
+
+
+def parse_settings(kind: type, description: str | None, arguments: Sequence[str]) -> Any:
+    """A dataclass of this kind from a settings file, if there is one, and from flags, which win."""
+    parser = make_parser(kind, description=description)
+    words, _ = find_settings(parser, arguments)
+    return parser.parse_args_into_dataclasses(args=words)[0]
+
+
+@dataclass(kw_only=True)
+class RecordArguments:
+    """How records are read, for every command that reads them."""
+
+    column_mapping: str | None = field(
+        default=None, metadata={"help": 'JSON object from field to column name, as {"steps": "rationale"}.'}
+    )
+    allow_outside: bool = field(default=False, metadata={"help": "Allow image paths outside the folder of the file."})
+    max_patches: int | None = field(
+        default=None, metadata={"help": "Tiles per image at most; the checkpoint's own value (12) if not given."}
+    )
+
+    def read(self, source: str, **kwargs: Any) -> list[dict[str, Any]]:
+        """[`load_records`] with these settings."""
+        columns = json.loads(self.column_mapping) if self.column_mapping else None
+        return load_records(source, columns=columns, allow_outside=self.allow_outside, **kwargs)
+
+    def load_processor(self, name: str) -> MultiCoCoProcessor:
+        """The processor of a checkpoint, which cuts images as these settings say."""
+        processor = MultiCoCoProcessor.from_pretrained(name)
+        if self.max_patches is not None:
+            processor.image_processor.max_patches = self.max_patches
+        return processor
+
+
+def choose_device(use_cpu: bool) -> torch.device:
+    """The accelerator, if there is one and it is wanted."""
+    if use_cpu or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator()

@@ -1,0 +1,154 @@
+"""A checkpoint that is asked: how it is loaded, prompted and read. Knows no experiment and no score.
+
+What is asked are the records of [`StageDataset`]; who asks gives their indices and a number of thoughts.
+"""
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..configuration_multicoco import MultiCoCoConfig
+from ..curriculum import CurriculumArguments, final_answer
+from ..data_multicoco import ReasoningCollator, StageDataset
+from ..modeling_multicoco import MultiCoCoForConditionalGeneration
+from .settings import RecordArguments
+
+
+CHOICES_BY = ("generation", "likelihood")
+
+
+@dataclass(kw_only=True)
+class AskArguments(RecordArguments):
+    """How records are read and a checkpoint is loaded and asked: common to score.py and diagnose.py."""
+
+    data: str = field(metadata={"help": "Records: .jsonl, .json, a folder, or a Hub data set."})
+    metric: str = field(
+        default="exact",
+        metadata={
+            "help": "exact: what is written after the last '### ' is, letter by letter, the record's answer. Else "
+            "FILE:RESULT, a metric in the form of `evaluate` and the name of its result, as "
+            "metrics/answer_accuracy.py:numeric_match."
+        },
+    )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest answer in tokens; the data's longest steps and answer if not given."}
+    )
+    split: str = field(default="validation", metadata={"help": "Split of a folder or Hub data set."})
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, ...; the checkpoint's own if auto."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
+
+    def __post_init__(self):
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"`--max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
+        path, _, result = self.metric.rpartition(":")
+        if self.metric != "exact" and not (result and os.path.isfile(path)):
+            raise ValueError(
+                f"`--metric` is {self.metric!r}, expected 'exact' or FILE:RESULT with an existing file, as "
+                "metrics/answer_accuracy.py:numeric_match. Correct the path, or name the result."
+            )
+
+
+class Subject:
+    """
+    A checkpoint, and the records as it is asked them.
+
+    Raises:
+        ValueError: the checkpoint cannot be read, or a record cannot be asked, see [`StageDataset`].
+    """
+
+    def __init__(
+        self,
+        name: str,
+        records: Sequence[Mapping[str, Any]],
+        arguments: AskArguments,
+        device: torch.device,
+        *,
+        choices_by: str = "generation",
+        attn_implementation: str | None = None,
+    ):
+        try:
+            self.config = MultiCoCoConfig.from_pretrained(name)
+            self.processor = arguments.load_processor(name)
+        except OSError as error:
+            raise ValueError(
+                f"`--model` {name}: no checkpoint can be read there: {error}. Give the folder that train.py wrote, or "
+                "the Hub name of a model."
+            ) from error
+        self.name, self.arguments, self.device = name, arguments, device
+        self.choices_by, self.attn_implementation = choices_by, attn_implementation
+        self.model = None  # of several checkpoints only one is loaded at a time
+        self.collator = ReasoningCollator(self.processor)
+        if choices_by == "likelihood":  # every choice as the answer of a record without steps
+            self.choices = [record["choices"] for record in records]
+            self.first_rows = [0, *itertools.accumulate(map(len, self.choices))]
+            records = [
+                {**record, "steps": [], "rationales": [[]], "answer": choice}
+                for record in records
+                for choice in record["choices"]
+            ]
+        self.dataset = StageDataset(records, self.processor, CurriculumArguments())  # asked by number, not by stage
+        self.max_new_tokens = arguments.max_new_tokens or self.dataset.max_new_tokens()
+
+    def budgets(self, asked: Sequence[int] | None) -> list[int | None]:
+        """The numbers of thoughts to ask with: its own if none are wanted, and nothing else if it has no block."""
+        own = self.config.num_thoughts
+        return [own] if own is None or not asked else list(dict.fromkeys(asked))
+
+    def load(self):
+        """Loads the model, if it is not there yet."""
+        if self.model is not None:
+            return
+        kwargs = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
+        model = MultiCoCoForConditionalGeneration.from_pretrained(self.name, dtype=self.arguments.dtype, **kwargs)
+        self.model = model.to(self.device).eval()
+
+    def answer(self, indices: Sequence[int], num_thoughts: int | None) -> list[dict[str, Any]]:
+        """Asks the records of these indices; one dictionary each with `prediction` and `new_tokens`, and more."""
+        ask = self._choose if self.choices_by == "likelihood" else self._generate
+        with torch.no_grad():
+            return ask(indices, num_thoughts)
+
+    def _generate(self, indices: Sequence[int], num_thoughts: int | None) -> list[dict[str, Any]]:
+        batch = self.collator.prompts([self.dataset.prompt(index, num_thoughts) for index in indices])
+        length = batch["input_ids"].shape[1]
+        batch = _to(batch, self.device)
+        output = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
+        return self.read_answers(output[:, length:])
+
+    def read_answers(self, tokens: torch.Tensor) -> list[dict[str, Any]]:
+        """From new tokens `(rows, number)` the text, its number of tokens, and what stands after the last `### `."""
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        answers = []
+        for row in tokens.tolist():
+            num_tokens = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+            text = self.processor.tokenizer.decode(row[:num_tokens], skip_special_tokens=True)
+            answers.append({"prediction": final_answer(text), "text": text, "new_tokens": num_tokens})
+        return answers
+
+    def _choose(self, indices: Sequence[int], num_thoughts: int | None) -> list[dict[str, Any]]:
+        """The choice with the largest summed log-probability of its text, mark before and end of turn behind it."""
+        rows = [self.first_rows[index] + place for index in indices for place in range(len(self.choices[index]))]
+        batch = _to(self.collator([self.dataset.answered(row, num_thoughts) for row in rows]), self.device)
+        labels = batch.pop("labels")[:, 1:]  # (B, T - 1): what the logits of each position are to predict
+        first = int((labels != -100).any(dim=0).nonzero()[0])
+        labels = labels[:, first:]  # (B, A): only where an answer is
+        kept = labels.shape[1] + 1
+        logits = self.model(**batch, use_cache=False, logits_to_keep=kept).logits[:, :-1]  # (B, A, V)
+        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+        log_probs = log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)  # (B, A)
+        sums = iter(log_probs.sum(dim=1).tolist())
+        answers = []
+        for index in indices:
+            scores = [next(sums) for _ in self.choices[index]]
+            prediction = self.choices[index][scores.index(max(scores))]
+            answers.append({"prediction": prediction, "log_probs": scores, "new_tokens": 0})
+        return answers
+
+
+def _to(batch: Mapping[str, Any], device) -> dict[str, Any]:
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}

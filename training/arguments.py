@@ -1,0 +1,114 @@
+"""The settings of train.py: dataclasses, and their values from a file and from flags."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from transformers import TrainingArguments
+
+from ..compat import leave_out_shm_kernel
+from ..configuration_multicoco import STATE_FEEDBACKS
+from ..curriculum import CurriculumArguments
+from ..evaluation.settings import RecordArguments, find_settings, make_parser
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Folder or Hub name of a multicoco, transformers (-hf) or original InternVL checkpoint."}
+    )
+    init_latents_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Token whose embedding the thought tokens start from; the mean of all embeddings if not given."
+        },
+    )
+    thought_feedback: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a state becomes a thought; the checkpoint's own way if not given.",
+            "choices": list(STATE_FEEDBACKS),
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa or flash_attention_2; transformers' choice if not given."}
+    )
+    freeze_backbone: bool = field(default=False, metadata={"help": "Keep the vision tower as it is."})
+    freeze_llm: bool = field(default=False, metadata={"help": "Keep the language model and its head as they are."})
+    freeze_mlp: bool = field(default=False, metadata={"help": "Keep the projector between the two as it is."})
+    lora_rank: int = field(
+        default=0,
+        metadata={"help": "Train LoRA adapters of this rank in the language model (needs peft); 0 trains all."},
+    )
+    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA scale; twice the rank if not given."})
+    estimate_memory: bool = field(
+        default=False, metadata={"help": "Print what the largest training step needs in memory, by formula, and exit."}
+    )
+
+
+@dataclass(kw_only=True)
+class DataArguments(RecordArguments):
+    """What it is trained on: records, see docs/data.md."""
+
+    train_file: str = field(metadata={"help": "Records: .jsonl, .json, a folder, or a Hub data set."})
+    eval_file: str | None = field(
+        default=None, metadata={"help": "Records that are answered at the end of each stage."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest sequence in tokens. A longer record is an error, never cut."}
+    )
+    skip_bad_records: bool = field(default=False, metadata={"help": "List and leave out defective records."})
+    answer_every: str = field(
+        default="stage",
+        metadata={"help": "When `eval_file` is answered.", "choices": ["stage", "epoch", "end"]},
+    )
+    answer_batch_size: int = field(default=64, metadata={"help": "Prompts per generate call of one rank."})
+
+
+class Settings(NamedTuple):
+    """All settings of a run, and where each that was given comes from: a file, the command line, the curriculum."""
+
+    model: ModelArguments
+    data: DataArguments
+    curriculum: CurriculumArguments
+    training: TrainingArguments
+    sources: dict[str, str]
+
+
+def parse(description: str | None, arguments: Sequence[str]) -> Settings:
+    """
+    The settings of a run, from a file and from flags, which win.
+
+    Raises:
+        ValueError: a value out of range, or see [`~evaluation.settings.find_settings`].
+    """
+    parser = make_parser(
+        ModelArguments, DataArguments, CurriculumArguments, TrainingArguments, description=description
+    )
+    words, sources = find_settings(parser, arguments)
+    if not torch.accelerator.is_available():
+        words.append("--use_cpu")  # else accelerate takes the processes of torchrun for runs of their own
+        if "deepspeed" in sources:
+            words += _prepare_deepspeed_on_cpu()
+    model_args, data_args, curriculum, args = parser.parse_args_into_dataclasses(args=words)
+    if "num_train_epochs" not in sources and args.max_steps <= 0:
+        args.num_train_epochs = curriculum.num_epochs
+        sources["num_train_epochs"] = "curriculum"
+    args.remove_unused_columns = False  # the collator reads `images`
+    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
+    return Settings(model_args, data_args, curriculum, args, sources)
+
+
+def _prepare_deepspeed_on_cpu() -> list[str]:
+    """Without a GPU, accelerate and DeepSpeed must be told so before `TrainingArguments` is made."""
+    from accelerate import PartialState
+
+    leave_out_shm_kernel()
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    return ["--accelerator_config", json.dumps({"use_configured_state": True})]

@@ -1,0 +1,152 @@
+"""What a run leaves to be read: settings, tables, pictures, the estimate of its memory."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from transformers import Trainer, TrainingArguments
+
+from ..configuration_multicoco import MultiCoCoConfig, feedback_of
+from ..curriculum import CurriculumArguments
+from ..data_multicoco import StageDataset
+from ..evaluation.intervals import wilson_interval
+from ..processing_multicoco import MultiCoCoProcessor
+from .arguments import ModelArguments, Settings
+from .memory import PARTS, estimate_memory, worst_batches
+
+
+def memory_table(
+    model_args: ModelArguments, args: TrainingArguments, dataset: StageDataset, processor: MultiCoCoProcessor
+) -> str:
+    """Parts, sum and peak of the step that needs most memory: the longest records of the worst stage."""
+    config = MultiCoCoConfig.from_pretrained(model_args.model_name_or_path)
+    config.thought_feedback = feedback_of(dataset.curriculum.mode, config.thought_feedback)
+    config.text_config.vocab_size = max(config.text_config.vocab_size, len(processor.tokenizer))
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    offload = deepspeed and deepspeed.get_value("zero_optimization.offload_param.device") == "cpu"
+    batches = worst_batches(dataset, args.per_device_train_batch_size)
+    estimates = [
+        estimate_memory(
+            config,
+            batch,
+            bf16=args.bf16,
+            zero_stage=deepspeed and deepspeed.get_value("zero_optimization.stage"),
+            offload=bool(offload),
+            num_devices=args.world_size,
+            activation_checkpointing=bool(args.activation_checkpointing),
+            accumulate=args.gradient_accumulation_steps > 1,
+            lora_rank=model_args.lora_rank,
+            freeze_backbone=model_args.freeze_backbone,
+            freeze_llm=model_args.freeze_llm,
+            freeze_mlp=model_args.freeze_mlp,
+        )
+        for batch in batches
+    ]
+    stage = max(range(len(estimates)), key=lambda stage: estimates[stage].peak)
+    estimate, batch = estimates[stage], batches[stage]
+    lines = [
+        f"stage {stage}, {batch.samples} samples a device, each {batch.tiles} tiles, {batch.text_tokens} text "
+        f"tokens, {batch.thoughts} thoughts and {batch.label_tokens} labels; {estimate.num_parameters / 1e6:.1f}M "
+        f"parameters, {estimate.num_trainable / 1e6:.1f}M trained, {args.world_size} devices\n"
+    ]
+    values = {part: getattr(estimate, part) for part in PARTS}
+    values |= {"sum of the parts": estimate.total, "peak": estimate.peak}
+    if estimate.host:
+        values["host, for each device"] = estimate.host
+    lines += [f"{name:24}{value / 2**20:>12.1f} MiB" for name, value in values.items()]
+    lines.append(
+        "\nNot all parts are at their largest at once: the peak counts. CUDA and NCCL take one or two GiB more."
+    )
+    return "\n".join(lines)
+
+
+def settings_table(settings: Settings) -> str:
+    """Every setting that was given or that the curriculum is made of, and where it came from."""
+    lines = [f"{'setting':32}{'value':44}from"]
+    for group in settings[:4]:
+        for item in dataclasses.fields(group):
+            if item.name in settings.sources or isinstance(group, CurriculumArguments):
+                value = getattr(group, item.name)
+                value = str(getattr(value, "value", value))  # of an enumeration, what one would type
+                lines.append(f"{item.name:32}{value[:42]:44}{settings.sources.get(item.name, 'default')}")
+    return "\n".join(lines)
+
+
+def write_settings(given: Settings, trainer: Trainer) -> None:
+    """settings.json beside the model: what was trained on what and how, of which the model card is made."""
+    args, state = trainer.args, trainer.state
+    settings = {name: value for group in given[:3] for name, value in dataclasses.asdict(group).items()}
+    settings |= {name: getattr(args, name) for name in ("learning_rate", "bf16", "seed")}
+    settings |= {
+        "samples": len(trainer.train_dataset),
+        "epochs": state.epoch,
+        "optimizer_steps": state.global_step,
+        "global_batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        "hub_model_id": trainer.hub_model_id,
+    }
+    (Path(args.output_dir) / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def answers_of(log_history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of a trainer's log, what was measured at the ends of stages."""
+    return [entry for entry in log_history if "eval/accuracy" in entry]
+
+
+def results_table(log_history: Sequence[Mapping[str, Any]]) -> str:
+    """The table of stages in the terminal; empty if nothing was answered."""
+    lines = [
+        f"{'stage':>5}  {'thoughts':>8}  {'accuracy':>8}  {'95 % interval':>16}  {'new tokens':>10}  {'samples':>7}"
+    ]
+    for row in answers_of(log_history):
+        low, high = wilson_interval(row["eval/accuracy"], row["eval/samples"])
+        lines.append(
+            f"{row['eval/stage']:>5}  {row['eval/num_thoughts']:>8}  {row['eval/accuracy']:>8.1%}  "
+            f"{low:>7.1%} - {high:>6.1%}  {row['eval/new_tokens']:>10.1f}  {row['eval/samples']:>7}"
+        )
+    return "\n".join(lines) if lines[1:] else ""
+
+
+def write_results(log_history: Sequence[Mapping[str, Any]], output_dir: str | Path) -> None:
+    """results.json, and the picture results.png, beside the model."""
+    text = json.dumps(answers_of(log_history), indent=2, sort_keys=True)
+    (Path(output_dir) / "results.json").write_text(text)
+    draw_results(log_history, Path(output_dir) / "results.png")
+
+
+def draw_results(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Loss over the run with its stages, accuracy over stages, accuracy against generated tokens."""
+    losses = [entry for entry in log_history if "loss" in entry]
+    answers = answers_of(log_history)
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    loss_axes, stage_axes, token_axes = figure.subplots(1, 3)
+
+    loss_axes.plot([entry["step"] for entry in losses], [entry["loss"] for entry in losses], linewidth=1)
+    loss_axes.set(xlabel="optimizer step", ylabel="loss", yscale="log")
+    starts = {entry["curriculum/stage"]: entry["step"] for entry in reversed(losses)}
+    for stage, step in starts.items():
+        loss_axes.axvline(step, color="0.85", linewidth=0.8, zorder=0)
+        loss_axes.text(step, 1.01, f" {stage}", transform=loss_axes.get_xaxis_transform(), fontsize=8, color="0.4")
+    loss_axes.set_title("stage", loc="left", fontsize=8, color="0.4", pad=14)
+
+    if answers:
+        stages = [entry["eval/stage"] for entry in answers]
+        rates = [entry["eval/accuracy"] for entry in answers]
+        intervals = [wilson_interval(entry["eval/accuracy"], entry["eval/samples"]) for entry in answers]
+        low_high = [[rate - low for rate, (low, _) in zip(rates, intervals, strict=True)]]
+        low_high.append([high - rate for rate, (_, high) in zip(rates, intervals, strict=True)])
+        tokens = [entry["eval/new_tokens"] for entry in answers]
+        for axes, values in ((stage_axes, stages), (token_axes, tokens)):
+            axes.errorbar(values, rates, yerr=low_high, marker="o", markersize=4, capsize=3, linewidth=1)
+            axes.set(ylim=(0, 1.08), ylabel="accuracy")
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.grid(axis="y", color="0.9")
+        stage_axes.set(xlabel="stage (95 % intervals)")
+        stage_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for value, rate, stage in zip(tokens, rates, stages, strict=True):
+            token_axes.annotate(f"stage {stage}", (value, rate), (3, -12), textcoords="offset points", fontsize=7)
+        token_axes.set(xlabel="generated tokens per answer", xlim=(0, max(tokens) * 1.15))
+    figure.savefig(path, dpi=150)
