@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from .configuration_multicoco import IMAGE_CONTEXT_TOKEN, MultiCoCoConfig
+from .configuration_multicoco import IMAGE_CONTEXT_TOKEN, MODES, MultiCoCoConfig
 from .modeling_multicoco import (
     InternVLChatModel,
     MultiCoCoForConditionalGeneration,
@@ -28,27 +28,52 @@ if TYPE_CHECKING:
     from .training.memory import BatchShape, estimate_memory
 
 __version__ = "0.1.0"
-_LAZY = {
-    "curriculum": ("CurriculumArguments", "final_answer"),
-    "data_multicoco": ("ReasoningCollator", "StageDataset"),
-    "evaluation.intervals": ("mcnemar", "mean_interval", "paired_bootstrap", "wilson_interval"),
-    "records": ("load_records", "question_text"),
-    "trainer_callbacks": ("AnswerCallback", "CompletionCallback", "CurriculumCallback", "last_complete_checkpoint"),
-    "training.memory": ("BatchShape", "estimate_memory"),
-}
-_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 __all__ = [
+    "AnswerCallback",
+    "BatchShape",
+    "CompletionCallback",
+    "CurriculumArguments",
+    "CurriculumCallback",
     "IMAGE_CONTEXT_TOKEN",
     "IMAGE_PLACEHOLDER",
-    "OWN",
+    "MODES",
     "InternVLChatModel",
     "MultiCoCoConfig",
     "MultiCoCoForConditionalGeneration",
     "MultiCoCoProcessor",
+    "OWN",
+    "ReasoningCollator",
+    "StageDataset",
     "add_thought_tokens",
+    "estimate_memory",
     "export_internvl",
-    *_MODULE_OF,
+    "final_answer",
+    "last_complete_checkpoint",
+    "load_records",
+    "mcnemar",
+    "mean_interval",
+    "paired_bootstrap",
+    "question_text",
+    "wilson_interval",
 ]
+_MODULE_OF = {
+    "CurriculumArguments": "curriculum",
+    "final_answer": "curriculum",
+    "ReasoningCollator": "data_multicoco",
+    "StageDataset": "data_multicoco",
+    "mcnemar": "evaluation.intervals",
+    "mean_interval": "evaluation.intervals",
+    "paired_bootstrap": "evaluation.intervals",
+    "wilson_interval": "evaluation.intervals",
+    "load_records": "records",
+    "question_text": "records",
+    "AnswerCallback": "trainer_callbacks",
+    "CompletionCallback": "trainer_callbacks",
+    "CurriculumCallback": "trainer_callbacks",
+    "last_complete_checkpoint": "trainer_callbacks",
+    "BatchShape": "training.memory",
+    "estimate_memory": "training.memory",
+}
 
 AutoConfig.register("multicoco", MultiCoCoConfig, exist_ok=True)
 for _auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):

@@ -21,14 +21,22 @@ IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<img>", "</img>"
 START_LATENT_TOKEN, LATENT_TOKEN, END_LATENT_TOKEN = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 TURN_START_TOKEN, TURN_END_TOKEN = "<|im_start|>", "<|im_end|>"  # of the chat template
 
-# How a checkpoint was trained. `coconut` feeds thoughts back, the controls `pause` and `pause_loop` a constant; `cot`,
-# `no_cot` and `no_thoughts` differ in their data only.
-MODES = ("coconut", "cot", "no_cot", "no_thoughts", "pause", "pause_loop")
+# How a checkpoint was trained. `cot`, `no_cot` and `no_thoughts` differ from `coconut` in their data only.
+MODES = {
+    "coconut": "continuous thoughts: at a `<|latent|>` position the input is the last hidden state before it",
+    "cot": "written reasoning, no thoughts",
+    "no_cot": "the answer at once, without reasoning",
+    "no_thoughts": "a control: written steps vanished stage by stage and nothing took their place",
+    "pause": "a control: learned constants in the place of thoughts, in one pass",
+    "pause_loop": "a control: learned constants in the place of thoughts, in the same passes",
+}
 # What is fed at a latent position: the state, or, in the two controls, the constant that `<|latent|>` embeds to.
 STATE_FEEDBACKS = ("identity", "rms_match")
 CONSTANT_FEEDBACKS = ("latent", "latent_one_pass")
 FEEDBACKS = STATE_FEEDBACKS + CONSTANT_FEEDBACKS
 CONTROL_FEEDBACK = {"pause": "latent_one_pass", "pause_loop": "latent"}
+# The fields that training sets: what a checkpoint was trained as, and how it is to be asked.
+TRAINED = ("mode", "stage", "num_thoughts", "thought_feedback", "c_thought", "max_latent_stage")
 
 # Language models whose parameter names are the same in an original checkpoint and in transformers.
 ORIGINAL_TEXT_MODELS = {
@@ -116,6 +124,26 @@ class MultiCoCoConfig(InternVLConfig):
                 f"`thought_feedback` is {self.thought_feedback!r}. Set `mode` to 'coconut', or the feedback back."
             )
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """The fields that training sets, by name."""
+        return {name: getattr(self, name) for name in TRAINED}
+
+    def set_trained(self, **values: Any) -> None:
+        """
+        Sets fields that training sets, checked like those of a new object. A new `mode` brings its `thought_feedback`.
+
+        Raises:
+            ValueError: a name that is none of these fields, or a value out of range.
+        """
+        if unknown := values.keys() - set(TRAINED):
+            raise ValueError(f"{sorted(unknown)} are not set by training, expected some of {', '.join(TRAINED)}.")
+        if "mode" in values:
+            values = {"thought_feedback": feedback_of(values["mode"], self.thought_feedback), **values}
+        for name, value in values.items():
+            setattr(self, name, value)
+        self._check_thoughts()
 
     @property
     def llm_config(self):

@@ -27,9 +27,7 @@ class CurriculumArguments:
     mode: str = field(
         default="coconut",
         metadata={
-            "help": "coconut: thoughts replace steps, stage by stage. cot: written steps only. no_cot: answer only. "
-            "no_thoughts: steps vanish stage by stage and nothing replaces them. pause: as coconut, but the latent "
-            "token is a learned constant. pause_loop: the same in the passes of coconut.",
+            "help": "How it is trained. " + ". ".join(f"{mode}: {what}" for mode, what in MODES.items()) + ".",
             "choices": list(MODES),
         },
     )
@@ -108,7 +106,7 @@ class CurriculumArguments:
             return 0
         return min(1 + (epoch - self.first_epochs) // self.epochs_per_stage, self.last_stage)
 
-    def budget(self, num_steps: int, stage: int) -> tuple[int, int]:
+    def counts(self, num_steps: int, stage: int) -> tuple[int, int]:
         """Thoughts, and written steps that are gone, for a record of `num_steps` steps at `stage`."""
         if self.mode == "cot":
             return 0, 0
@@ -127,7 +125,7 @@ class CurriculumArguments:
 
     def num_thoughts(self, stage: int) -> int | None:
         """The budget at inference after `stage`: what a checkpoint's configuration holds. `None`: no block."""
-        return self.budget(self.max_latent_stage + 1, stage)[0] if self.has_block else None
+        return self.counts(self.max_latent_stage + 1, stage)[0] if self.has_block else None
 
 
 def draw_stage(curriculum: CurriculumArguments, stage: int, num_steps: int, key: tuple[int, int, int]) -> int:

@@ -63,19 +63,19 @@ class StageDataset(torch.utils.data.Dataset):
         start, latent, end = tokenizer(thought_block(1), add_special_tokens=False)["input_ids"]
         self.block_ids = start, latent, end
         self._clock = torch.zeros(2, dtype=torch.long).share_memory_()  # stage, epoch
-        self.rows, defects = [], []
+        self.tokenized, defects = [], []
         for row in _tokenize(records, processor):
             try:
                 self._check(row, processor, max_length)
-                self.rows.append(row)
+                self.tokenized.append(row)
             except ValueError as error:
                 if not skip_bad_records:
                     raise
                 defects.append(error)
         list_defects(defects)
-        if not self.rows:
+        if not self.tokenized:
             raise ValueError("No usable record is left. Check `records`, and the list of defects, if any.")
-        self.records = [row.record for row in self.rows]
+        self.records = [row.record for row in self.tokenized]
 
     def _check(self, row: TokenizedRecord, processor, max_length):
         row.num_patches_list = _count_tiles(row.record, processor)
@@ -112,10 +112,10 @@ class StageDataset(torch.utils.data.Dataset):
         self._clock[0], self._clock[1] = stage, epoch
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.tokenized)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
+        row = self.tokenized[index]
         if not row.answer:
             raise ValueError(
                 f"Record {row.record['id']!r}: `answer` is missing, so it can be asked but not trained on. Add the "
@@ -132,27 +132,27 @@ class StageDataset(torch.utils.data.Dataset):
         The thoughts that a record was trained with at `stage`; `None` without a block. If its alternative rationales
         were trained with different numbers, the most.
         """
-        num_steps = max(map(len, self.rows[index].rationales))
-        return self.curriculum.budget(num_steps, stage)[0] if self.curriculum.has_block else None
+        num_steps = max(map(len, self.tokenized[index].rationales))
+        return self.curriculum.counts(num_steps, stage)[0] if self.curriculum.has_block else None
 
     def prompt(self, index: int, num_thoughts: int | None) -> dict[str, Any]:
         """A record as it is asked: with this many thoughts and nothing after them; `None` is no block."""
-        row = self.rows[index]
+        row = self.tokenized[index]
         input_ids, _ = compose(self._question(row), [], [], num_thoughts, self.block_ids)
         return {"input_ids": input_ids, **self._images(row)}
 
     def answered(self, index: int, num_thoughts: int | None) -> dict[str, Any]:
         """A record as [`~StageDataset.prompt`] asks it, with its answer at once, whose tokens are the labels."""
-        row = self.rows[index]
+        row = self.tokenized[index]
         input_ids, labels = compose(self._question(row), [], row.answer, num_thoughts, self.block_ids)
         return {"input_ids": input_ids, "labels": labels, **self._images(row)}
 
     def max_new_tokens(self) -> int:
         """Tokens of the longest written steps and answer."""
-        return max(sum(map(len, steps)) + len(row.answer) for row in self.rows for steps in row.rationales)
+        return max(sum(map(len, steps)) + len(row.answer) for row in self.tokenized for steps in row.rationales)
 
     def _compose(self, row: TokenizedRecord, steps: list[list[int]], stage: int) -> tuple[list[int], list[int]]:
-        num_thoughts, num_gone = self.curriculum.budget(len(steps), stage)
+        num_thoughts, num_gone = self.curriculum.counts(len(steps), stage)
         num_thoughts = num_thoughts if self.curriculum.has_block else None
         return compose(self._question(row), steps[num_gone:], row.answer, num_thoughts, self.block_ids)
 
@@ -254,11 +254,11 @@ class ReasoningCollator:
         lefts = [0 if first is None else column - first for first in firsts]
         return {**self._pad(features, lefts), **self._pixels(features)}
 
-    def prompts(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The same for prompts to generate from: padded on the left."""
+    def prompts(self, features: Sequence[Mapping[str, Any]], *, with_images: bool = True) -> dict[str, Any]:
+        """The same for prompts to generate from: padded on the left. Without images, ids and mask only."""
         longest = max(len(feature["input_ids"]) for feature in features)
         lefts = [longest - len(feature["input_ids"]) for feature in features]
-        return {**self._pad(features, lefts), **self._pixels(features)}
+        return {**self._pad(features, lefts), **(self._pixels(features) if with_images else {})}
 
     def _pad(self, features, lefts) -> dict[str, torch.Tensor]:
         width = max(left + len(feature["input_ids"]) for left, feature in zip(lefts, features, strict=True))

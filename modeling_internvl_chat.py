@@ -37,7 +37,7 @@ from .processing_multicoco import (
     IMAGE_PLACEHOLDER,
     OWN,
     SYSTEM_MESSAGE,
-    check_saved_budget,
+    check_saved_num_thoughts,
     expand_image_tokens,
 )
 
@@ -369,7 +369,7 @@ class InternVLChatModel(InternVLForConditionalGeneration):
             kwargs["device_map"] = translate_device_map(kwargs["device_map"])
         if pretrained_model_name_or_path is not None and not {"config", "num_thoughts"} & kwargs.keys():
             hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
-            check_saved_budget(pretrained_model_name_or_path, **hub_kwargs)
+            check_saved_num_thoughts(pretrained_model_name_or_path, **hub_kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.lm_head.weight is not model.get_input_embeddings().weight:

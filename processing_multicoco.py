@@ -257,7 +257,7 @@ def _refuse_reserved(text: str, sample: int):
             )
 
 
-def check_saved_budget(name_or_path: str | os.PathLike, num_thoughts: int | None | str = OWN, **hub_kwargs):
+def check_saved_num_thoughts(name_or_path: str | os.PathLike, num_thoughts: int | None | str = OWN, **hub_kwargs):
     """
     Compares the numbers of thoughts that the files of a checkpoint hold: `config.json`, `processor_config.json` and
     the chat template. A file that is not there says nothing.
@@ -419,7 +419,7 @@ class MultiCoCoProcessor(ProcessorMixin):
 
         Raises:
             ValueError: the files of the checkpoint hold different numbers of thoughts, and `num_thoughts` is not
-                given; see [`~processing_multicoco.check_saved_budget`].
+                given; see [`~processing_multicoco.check_saved_num_thoughts`].
         """
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
         path = optional_file(pretrained_model_name_or_path, "processor_config.json", **hub_kwargs)
@@ -428,7 +428,7 @@ class MultiCoCoProcessor(ProcessorMixin):
                 is_own = json.load(file).get("processor_class") == cls.__name__
             if is_own:
                 if num_thoughts == OWN:
-                    check_saved_budget(pretrained_model_name_or_path, **hub_kwargs)
+                    check_saved_num_thoughts(pretrained_model_name_or_path, **hub_kwargs)
                 processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
                 processor.chat_template = _upgrade(processor.chat_template)
                 if num_thoughts != OWN:

@@ -19,7 +19,6 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .compat import add_to_log, rank, world_size
-from .configuration_multicoco import feedback_of
 from .curriculum import CurriculumArguments
 from .data_multicoco import ReasoningCollator, StageDataset
 
@@ -77,10 +76,8 @@ class CurriculumCallback(TrainerCallback):
         for dataset in self.datasets:
             dataset.set_stage(self.stage, epoch)
         num_thoughts = self.curriculum.num_thoughts(self.stage)
-        config = model.config
-        config.mode, config.stage, config.num_thoughts = self.curriculum.mode, self.stage, num_thoughts
-        config.thought_feedback = feedback_of(self.curriculum.mode, config.thought_feedback)
-        config.c_thought, config.max_latent_stage = self.curriculum.c_thought, self.curriculum.max_latent_stage
+        rules = {name: getattr(self.curriculum, name) for name in ("mode", "c_thought", "max_latent_stage")}
+        model.config.set_trained(**rules, stage=self.stage, num_thoughts=num_thoughts)
         if hasattr(processing_class, "num_thoughts"):
             processing_class.num_thoughts = num_thoughts
 

@@ -51,7 +51,7 @@ class Diagnosis:
             device,
         )
         self.dataset = self.subject.dataset
-        self.tiles = [row.num_patches_list for row in self.dataset.rows]
+        self.tiles = [row.num_patches_list for row in self.dataset.tokenized]
         self.budgets = budgets
         has_images = any(self.tiles)
         self.first, self.second = plan(self.num_thoughts, budgets, has_images, is_control)

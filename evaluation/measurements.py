@@ -36,7 +36,7 @@ def read_lens(diagnosis: Diagnosis, top: int = 5) -> list[list[list[int]]]:
 
 def first_tokens(diagnosis: Diagnosis) -> list[list[int]]:
     """For each sample the first token of each written step (of the first rationale, where there are several)."""
-    return [[step[0] for step in row.rationales[0]] for row in diagnosis.dataset.rows]
+    return [[step[0] for step in row.rationales[0]] for row in diagnosis.dataset.tokenized]
 
 
 def lens_hits(lens, steps, c_thought: int, index: int, seed: int) -> dict[str, dict[int, list[bool]]]:

@@ -33,8 +33,7 @@ def main(arguments: list[str] | None = None):
     add_thought_tokens(model, processor.tokenizer)  # does nothing if the base has them
     model = PeftModel.from_pretrained(model, args.adapters).merge_and_unload()
     trained = MultiCoCoConfig.from_pretrained(args.adapters)
-    for name in ("mode", "stage", "num_thoughts", "c_thought", "max_latent_stage", "thought_feedback"):
-        setattr(model.config, name, getattr(trained, name))
+    model.config.set_trained(**trained.trained)
     processor.num_thoughts = trained.num_thoughts
     model.to(MultiCoCoConfig.from_pretrained(base).dtype)
     if args.export:

@@ -52,7 +52,7 @@ def golden_curriculum(case):
 def golden_compose(case, sample, stage, is_prompt=False):
     curriculum = golden_curriculum(case)
     question, steps, answer = (sample[f"{name}_tokenized"] for name in ("question", "steps", "answer"))
-    num_thoughts, num_gone = curriculum.budget(len(steps), stage)
+    num_thoughts, num_gone = curriculum.counts(len(steps), stage)
     if is_prompt:
         steps, answer = [], []
     has_markers = not case.get("no_special_marker", False)
@@ -532,7 +532,7 @@ def test_samples_are_the_text_they_stand_for(make_dataset, processor, mode):
         dataset.set_stage(stage)
         for index, item in enumerate(dataset.records):
             sample = dataset[index]
-            num_thoughts, num_gone = dataset.curriculum.budget(len(item["steps"]), stage)
+            num_thoughts, num_gone = dataset.curriculum.counts(len(item["steps"]), stage)
             body = "".join(step + "\n" for step in item["steps"][num_gone:]) + f"### {item['answer']}<|im_end|>"
             body_ids = processor.tokenizer(body)["input_ids"]
             prompt_ids = dataset.prompt(index, dataset.num_thoughts(index, dataset.stage))["input_ids"]

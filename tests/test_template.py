@@ -19,7 +19,7 @@ from multicoco.processing_multicoco import (
     OWN,
     SYSTEM_MESSAGE,
     chat_template,
-    check_saved_budget,
+    check_saved_num_thoughts,
     plain_chat_template,
     plain_processor,
     split_thought_block,
@@ -503,7 +503,7 @@ def write_numbers(folder, config, processor, template):
 )
 def test_folder_whose_numbers_differ_is_refused(folder, numbers, fragments):
     write_numbers(folder, *numbers)
-    for load in (MultiCoCoProcessor.from_pretrained, AutoProcessor.from_pretrained, check_saved_budget):
+    for load in (MultiCoCoProcessor.from_pretrained, AutoProcessor.from_pretrained, check_saved_num_thoughts):
         with pytest.raises(ValueError, match="`num_thoughts` of ") as caught:
             load(folder)
         for fragment in [*fragments, str(folder), "MultiCoCoProcessor.from_pretrained(", ".save_pretrained("]:
@@ -511,13 +511,13 @@ def test_folder_whose_numbers_differ_is_refused(folder, numbers, fragments):
     right = numbers[0] if numbers[0] != "absent" else 5
     MultiCoCoProcessor.from_pretrained(folder, num_thoughts=right).save_pretrained(folder)  # the cure
     assert MultiCoCoProcessor.from_pretrained(folder).num_thoughts == right
-    check_saved_budget(folder)
+    check_saved_num_thoughts(folder)
 
 
 @pytest.mark.parametrize("numbers", [(3, 3, 3), (None, None, None), (3, 3, "absent"), ("absent", 3, 3)], ids=str)
 def test_folder_whose_numbers_agree_is_loaded(folder, numbers):
     write_numbers(folder, *numbers)
-    check_saved_budget(folder)
+    check_saved_num_thoughts(folder)
     assert MultiCoCoProcessor.from_pretrained(folder).num_thoughts == numbers[1]
 
 
@@ -534,17 +534,17 @@ def test_given_number_replaces_the_saved_ones(folder, tmp_path):
 
 def test_check_reads_the_number_of_a_configuration_that_is_loaded(folder, tmp_path):
     """As a model's `from_pretrained` calls it, also for folders that hold a model only, or no checkpoint of ours."""
-    check_saved_budget(folder, 3)
+    check_saved_num_thoughts(folder, 3)
     with pytest.raises(ValueError, match="4 in config.json, 3 in processor_config.json, 3 in the chat template"):
-        check_saved_budget(folder, 4)
+        check_saved_num_thoughts(folder, 4)
     with pytest.raises(ValueError, match="None in config.json, 3 in processor_config.json"):
-        check_saved_budget(folder, None)
+        check_saved_num_thoughts(folder, None)
     model_only = tmp_path / "model_only"
     model_only.mkdir()
     shutil.copy(folder / "config.json", model_only)
     for kwargs in ({}, {"num_thoughts": 3}, {"num_thoughts": None}):
-        check_saved_budget(model_only, **kwargs)
-        check_saved_budget(CHECKPOINT, **kwargs)
+        check_saved_num_thoughts(model_only, **kwargs)
+        check_saved_num_thoughts(CHECKPOINT, **kwargs)
 
 
 def test_check_reads_the_cache_of_the_hub(folder, tmp_path):
@@ -558,9 +558,9 @@ def test_check_reads_the_cache_of_the_hub(folder, tmp_path):
     names = ["config.json", "processor_config.json", "chat_template.jinja"]
     hub_kwargs = {"cache_dir": tmp_path / "cache", "local_files_only": True}
     for name in names:
-        check_saved_budget("me/x", **hub_kwargs)  # what is not there says nothing
+        check_saved_num_thoughts("me/x", **hub_kwargs)  # what is not there says nothing
         if name != "processor_config.json":
             shutil.copy(folder / name, snapshot)
     shutil.copy(folder / "processor_config.json", snapshot)
     with pytest.raises(ValueError, match="`num_thoughts` of me/x is 3 in config.json, 4 in processor_config.json"):
-        check_saved_budget("me/x", revision="main", **hub_kwargs)
+        check_saved_num_thoughts("me/x", revision="main", **hub_kwargs)

@@ -14,20 +14,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..compat import optional_file
-from ..configuration_multicoco import MultiCoCoConfig
+from ..configuration_multicoco import MODES, MultiCoCoConfig
 from ..evaluation.intervals import wilson_interval
 
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TASK = "image-text-to-text"
-MODES = {
-    "coconut": "continuous thoughts: at a `<|latent|>` position the input is the last hidden state before it",
-    "cot": "written reasoning, no thoughts",
-    "no_cot": "the answer at once, without reasoning",
-    "no_thoughts": "a control: written steps vanished stage by stage and nothing took their place",
-    "pause": "a control: learned constants in the place of thoughts, in one pass",
-    "pause_loop": "a control: learned constants in the place of thoughts, in the same passes",
-}
 USE = """```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -413,7 +413,7 @@ def worst_batches(dataset: StageDataset, batch_size: int) -> list[BatchShape]:
     For each stage the shape of the batch of the `batch_size` longest records, padded as the collator does; where
     stages are mixed, with the most thoughts and the most labels that a record may be drawn with.
     """
-    curriculum, rows = dataset.curriculum, dataset.rows
+    curriculum, rows = dataset.curriculum, dataset.tokenized
     markers = 2 if curriculum.has_block else 0
     batches = []
     for stage in range(curriculum.last_stage + 1):
@@ -425,7 +425,7 @@ def worst_batches(dataset: StageDataset, batch_size: int) -> list[BatchShape]:
                 if curriculum.mix != "none" and curriculum.last_stage:
                     drawn += range((len(steps) if curriculum.mix == "uniform" else stage) + 1)
                 for each in drawn:
-                    num_thoughts, num_gone = curriculum.budget(len(steps), each)
+                    num_thoughts, num_gone = curriculum.counts(len(steps), each)
                     thoughts.append(num_thoughts)
                     labels.append(sum(map(len, steps[num_gone:])) + len(row.answer))
             text = len(row.question) - len(row.num_patches_list) + markers

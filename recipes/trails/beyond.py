@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from multicoco.evaluation.intervals import mean_interval
+from multicoco import mean_interval
 from multicoco.recipes.trails.prepare import prepare
 from multicoco.recipes.trails.runs import ROOT, Run, add_flags, markdown, run_all
 from multicoco.recipes.trails.start_model import make_start_model

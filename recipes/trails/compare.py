@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from multicoco.evaluation.intervals import wilson_interval
+from multicoco import wilson_interval
 
 
 def read_run(folder: str | Path) -> dict:

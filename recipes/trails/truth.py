@@ -16,13 +16,12 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from multicoco.evaluation.intervals import mean_interval
+from multicoco import MODES, mean_interval
 from multicoco.recipes.trails.prepare import COLOURS
 from multicoco.recipes.trails.runs import ROOT, Run, add_flags, markdown, run_all
 from multicoco.recipes.trails.start_model import make_start_model
 
 
-MODES = ("coconut", "pause", "pause_loop", "no_thoughts", "no_cot", "cot")
 CONTROL = "pause"  # beside `coconut`, of the same seed
 CHANCE = 1 / len(COLOURS)
 
@@ -161,7 +160,7 @@ def _has(rows, mode) -> bool:
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/trails", help="Folder that prepare.py made (default: data/trails).")
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="Modes (default: all).")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="Modes (default: all).")
     parser.add_argument("--samples", type=int, default=1000, help="Boards of a diagnosis (default: 1000).")
     add_flags(parser, "out/truth")
     args, settings = parser.parse_known_args(arguments)
