@@ -191,3 +191,12 @@ def put_first(trainer: Any, callbacks: Sequence[Any]) -> None:
     Upstream: a place in the order for `callbacks=`.
     """
     trainer.callback_handler.callbacks.sort(key=lambda callback: callback not in callbacks)
+
+
+def set_scheduler(trainer: Any, scheduler: Any) -> None:
+    """
+    Gives a trainer, in its `create_scheduler`, a learning rate schedule as if it had made it, so that it steps it.
+
+    Upstream: a scheduler that the method returns.
+    """
+    trainer.lr_scheduler, trainer._created_lr_scheduler = scheduler, True

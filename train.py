@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from transformers import set_seed
 
-from multicoco.compat import leave, put_first
+from multicoco.compat import leave
 from multicoco.data_multicoco import ReasoningCollator, StageDataset
 from multicoco.trainer_callbacks import (
     AnswerCallback,
@@ -25,8 +25,15 @@ from multicoco.trainer_callbacks import (
 )
 from multicoco.training.arguments import parse
 from multicoco.training.loading import load_model
-from multicoco.training.results import memory_table, results_table, settings_table, write_results, write_settings
-from multicoco.training.trainer import StageTrainer, make_judge
+from multicoco.training.results import (
+    make_judge,
+    memory_table,
+    results_table,
+    settings_table,
+    write_results,
+    write_settings,
+)
+from multicoco.training.trainer import StageTrainer
 
 
 def main(arguments: Sequence[str] | None = None) -> StageTrainer | None:
@@ -75,7 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> StageTrainer | None:
         callbacks=callbacks,
         curriculum=curriculum,
     )
-    put_first(trainer, callbacks)
     resume = args.resume_from_checkpoint
     if resume in ("true", "True", "last"):
         resume = last_complete_checkpoint(args.output_dir)

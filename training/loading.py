@@ -12,10 +12,12 @@ from ..processing_multicoco import MultiCoCoProcessor
 from .arguments import ModelArguments
 
 
-def load_model(model_args: ModelArguments, args: TrainingArguments, processor: MultiCoCoProcessor):
+def load_model(
+    model_args: ModelArguments, args: TrainingArguments, processor: MultiCoCoProcessor
+) -> MultiCoCoForConditionalGeneration:
     """
     The model with its thought tokens. A checkpoint that lacks them gets them once, on one process and unsharded, in
-    `output_dir/_start`, before DeepSpeed partitions anything; then all ranks load that.
+    `output_dir/_start`, before DeepSpeed partitions anything; then all ranks load that. With `lora_rank` peft wraps it.
     """
     name = model_args.model_name_or_path
     if MultiCoCoConfig.from_pretrained(name).latent_token_id is None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from transformers import Trainer, TrainingArguments
 
 from ..configuration_multicoco import MultiCoCoConfig, feedback_of
-from ..curriculum import CurriculumArguments
+from ..curriculum import CurriculumArguments, final_answer
 from ..data_multicoco import StageDataset
 from ..evaluation.intervals import wilson_interval
+from ..evaluation.metric import load_metric
 from ..processing_multicoco import MultiCoCoProcessor
 from .arguments import ModelArguments, Settings
 from .memory import PARTS, estimate_memory, worst_batches
@@ -62,6 +63,17 @@ def memory_table(
         "\nNot all parts are at their largest at once: the peak counts. CUDA and NCCL take one or two GiB more."
     )
     return "\n".join(lines)
+
+
+def make_judge(dataset: StageDataset, processor: MultiCoCoProcessor) -> Callable[[Sequence[int], int], bool]:
+    """`(new tokens, index) -> right`: whether what the model writes as its answer is exactly the record's."""
+    score = load_metric("exact")
+
+    def is_correct(tokens: Sequence[int], index: int) -> bool:
+        text = processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        return score(dataset.records[index], final_answer(text)) == 1
+
+    return is_correct
 
 
 def settings_table(settings: Settings) -> str:
