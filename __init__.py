@@ -16,7 +16,7 @@ from .modeling_multicoco import (
     add_thought_tokens,
     export_internvl,
 )
-from .processing_multicoco import IMAGE_PLACEHOLDER, OWN, MultiCoCoProcessor
+from .processing_multicoco import IMAGE_PLACEHOLDER, OWN, MultiCoCoProcessor, chat_template
 
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ __all__ = [
     "ReasoningCollator",
     "StageDataset",
     "add_thought_tokens",
+    "chat_template",
     "estimate_memory",
     "export_internvl",
     "final_answer",

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import CHECKPOINT, GOLDEN, TRAILS
 
+from multicoco.diagnose import DiagnoseArguments
+from multicoco.score import ScoreArguments
 from multicoco.training import arguments
 from multicoco.training.arguments import parse
 
@@ -95,6 +97,9 @@ def test_commands_are_right(line, monkeypatch):
         _, _, curriculum, args, _ = parse(None, flags)
         assert args.num_train_epochs >= 1
         assert curriculum.num_epochs >= 1
+    elif script in ("score.py", "diagnose.py"):
+        kind = ScoreArguments if script == "score.py" else DiagnoseArguments
+        assert {flag.split("=")[0][2:] for flag in flags if flag.startswith("--")} <= set(kind.__dataclass_fields__)
     else:
         source = (ROOT / script).read_text(encoding="utf-8")
         names = [word.split("=")[0].removeprefix("--") for word in flags if word.startswith("--")]

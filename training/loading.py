@@ -17,7 +17,7 @@ def load_model(
 ) -> MultiCoCoForConditionalGeneration:
     """
     The model with its thought tokens. A checkpoint that lacks them gets them once, on one process and unsharded, in
-    `output_dir/_start`, before DeepSpeed partitions anything; then all ranks load that. With `lora_rank` peft wraps it.
+    `output_dir/_start`, before DeepSpeed partitions anything; then all ranks load that. peft wraps it for `lora_rank`.
     """
     name = model_args.model_name_or_path
     if MultiCoCoConfig.from_pretrained(name).latent_token_id is None:
