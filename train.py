@@ -73,8 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> StageTrainer | None:
                 curriculum, eval_dataset, collator, judge, data_args.answer_batch_size, data_args.answer_every
             )
         )
+    model = load_model(model_args, args, processor)
     trainer = StageTrainer(
-        model=load_model(model_args, args, processor),
+        model=model,
         args=args,
         train_dataset=train_dataset,
         data_collator=collator,
@@ -82,18 +83,18 @@ def main(arguments: Sequence[str] | None = None) -> StageTrainer | None:
         callbacks=callbacks,
         curriculum=curriculum,
     )
-    resume = args.resume_from_checkpoint
+    resume, output_dir = args.resume_from_checkpoint, str(args.output_dir)
     if resume in ("true", "True", "last"):
-        resume = last_complete_checkpoint(args.output_dir)
+        resume = last_complete_checkpoint(output_dir)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_state()
     if is_main:
         write_settings(settings, trainer)
-        write_results(trainer.state.log_history, args.output_dir)
+        write_results(trainer.state.log_history, output_dir)
         print(f"\n{results_table(trainer.state.log_history)}".rstrip())
-        print(f"\nmodel, results.json and results.png are in {args.output_dir}")
+        print(f"\nmodel, results.json and results.png are in {output_dir}")
         if model_args.lora_rank:
-            trainer.model.config.save_pretrained(args.output_dir)  # peft saves the adapters only
+            model.config.save_pretrained(output_dir)  # peft saves the adapters only
     trainer.save_model()  # with `--push_to_hub` it also makes the card and sends the folder
     if not args.push_to_hub:
         trainer.create_model_card()

@@ -57,6 +57,8 @@ def make_card(
     folder: str | Path,
     model_id: str | None = None,
     controls: Sequence[str | Path] = (),
+    *,
+    language: str | None = None,
     license: str | None = None,
     tags: Sequence[str] = (),
 ) -> ModelCard:
@@ -67,6 +69,7 @@ def make_card(
         folder (`str` or `Path`): The `output_dir` of a run of `train.py`.
         model_id (`str`, *optional*): Its name on the Hub. Defaults to where it was pushed, else the folder's name.
         controls (`Sequence[str | Path]`): Folders of other finished runs, whose last answers stand beside this one's.
+        language (`str`, *optional*): Language of the data, for the metadata.
         license (`str`, *optional*): Licence of the weights. Defaults to that of the base model's card, else `unknown`.
         tags (`Sequence[str]`): More tags.
 
@@ -84,11 +87,12 @@ def make_card(
     others = [_last_answers(Path(control)) for control in controls]
     diagnosis = _read(folder / "diagnosis.json") or _read(folder / "diagnosis" / "diagnosis.json") or {}
     verdict = (diagnosis.get("thoughts") or {}).get("verdict")
-    licence = {"license": license} if license else _base_license(base)
+    licence: dict[str, Any] = {"license": license} if license else _base_license(base)
     data = ModelCardData(
         model_name=model_id.split("/")[-1],
         base_model=base if _is_hub_name(base) else None,
-        datasets=[name for name in (settings.get("train_file"),) if _is_hub_name(name)] or None,
+        datasets=[settings["train_file"]] if _is_hub_name(settings.get("train_file")) else None,
+        language=language,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=TASK,
         tags=list(dict.fromkeys(["multicoco", "coconut", *tags])),
@@ -104,7 +108,7 @@ def make_card(
         *_scores_text(results, scores, others, data_file),
         *_verdict_text(config, verdict, {row["mode"] for row in (*others, *scores)}),
         "## Use",
-        _use(model_id, base, config, settings, is_adapter),
+        _use(model_id, base, config, settings, is_adapter=is_adapter),
         "## Limits",
         _limits(config),
         "## Licence",
@@ -113,7 +117,7 @@ def make_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
-def write_card(folder: str | Path, **kwargs) -> Path:
+def write_card(folder: str | Path, **kwargs: Any) -> Path:
     """Writes [`make_card`] to README.md in `folder`, over what is there; returns its path."""
     path = Path(folder) / "README.md"
     make_card(folder, **kwargs).save(path)
@@ -149,11 +153,9 @@ def _last_answers(folder: Path) -> dict[str, Any]:
 
 
 def _is_hub_name(name: str | None) -> bool:
-    return bool(name) and HUB_NAME.fullmatch(name) is not None and not Path(name).exists() and not _is_file(name)
-
-
-def _is_file(name: str) -> bool:
-    return name.endswith((".json", ".jsonl"))
+    if not name or Path(name).exists() or name.endswith((".json", ".jsonl")):
+        return False
+    return HUB_NAME.fullmatch(name) is not None
 
 
 def _shown(name: str | None) -> str:
@@ -163,7 +165,7 @@ def _shown(name: str | None) -> str:
     return f"`{name}`" if _is_hub_name(name) else f"`{Path(name).name}` (local)"
 
 
-def _base_license(base: str | None) -> dict[str, str]:
+def _base_license(base: str | None) -> dict[str, Any]:
     """`license` of the base model's card, with its name and link if it has them."""
     path = base and optional_file(base, "README.md", needs_hub=False)
     found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path else {}
@@ -208,14 +210,22 @@ def _interval(low: float, high: float) -> str:
     return f"{low:.1%} - {high:.1%}"
 
 
-def _scores_text(results, scores, others, data_file) -> list[str]:
-    parts = []
+def _answered(row: Mapping[str, Any]) -> tuple[str, str, int]:
+    """Of what a run answered at the end of a stage: accuracy, its interval, samples."""
+    rate, count = row["eval/accuracy"], row["eval/samples"]
+    return f"{rate:.1%}", _interval(*wilson_interval(rate, count)), count
+
+
+def _scores_text(
+    results: Sequence[Mapping[str, Any]],
+    scores: Sequence[Mapping[str, Any]],
+    others: Sequence[Mapping[str, Any]],
+    data_file: str | None,
+) -> list[str]:
+    parts: list[str] = []
+    rows: list[tuple[Any, ...]]
     if results:
-        rows = []
-        for row in results:
-            rate, count = row["eval/accuracy"], row["eval/samples"]
-            interval = _interval(*wilson_interval(rate, count))
-            rows.append((row["eval/stage"], row["eval/num_thoughts"], f"{rate:.1%}", interval, count))
+        rows = [(row["eval/stage"], row["eval/num_thoughts"], *_answered(row)) for row in results]
         parts.append(f"Exact match of greedy answers on {_shown(data_file)}, at the end of each stage:")
         parts.append(_table(("stage", "thoughts", "accuracy", "95 % interval (Wilson)", "samples"), rows))
     if scores:
@@ -240,11 +250,7 @@ def _scores_text(results, scores, others, data_file) -> list[str]:
     if not parts:
         parts.append("None were measured.")
     if others:
-        rows = []
-        for row in others:
-            rate, count = row["eval/accuracy"], row["eval/samples"]
-            interval = _interval(*wilson_interval(rate, count))
-            rows.append((f"`{row['name']}`", f"`{row['mode']}`", f"{rate:.1%}", interval, count))
+        rows = [(f"`{row['name']}`", f"`{row['mode']}`", *_answered(row)) for row in others]
         parts.append("Other runs, at their last stage:")
         parts.append(_table(("run", "mode", "accuracy", "95 % interval (Wilson)", "samples"), rows))
     return parts
@@ -264,14 +270,16 @@ def _verdict_text(config: MultiCoCoConfig, verdict: str | None, modes: set[str])
     ]
 
 
-def _eval_results(results, scores, data_file) -> list[EvalResult]:
+def _eval_results(
+    results: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], data_file: str | None
+) -> list[EvalResult]:
     """For the metadata: each budget that score.py asked this model with, else the last answers of the run."""
 
-    def entry(data, rate, name):
+    def entry(data: str | None, rate: float, name: str) -> EvalResult:
         name_of_data = Path(data).name if data else "not recorded"
         return EvalResult(
             task_type=TASK,
-            dataset_type=data if _is_hub_name(data) else name_of_data,
+            dataset_type=str(data) if _is_hub_name(data) else name_of_data,
             dataset_name=name_of_data,
             metric_type="accuracy",
             metric_name=name,
@@ -283,9 +291,9 @@ def _eval_results(results, scores, data_file) -> list[EvalResult]:
         data = mine[0]["settings"].get("settings", {}).get("data")
         return [entry(data, row["accuracy"], _metric_name(row)) for row in mine]
     if results:
-        rate, count = results[-1]["eval/accuracy"], results[-1]["eval/samples"]
-        interval = _interval(*wilson_interval(rate, count))
-        return [entry(data_file, rate, f"accuracy at stage {results[-1]['eval/stage']}, 95 % interval {interval}")]
+        last = results[-1]
+        name = f"accuracy at stage {last['eval/stage']}, 95 % interval {_answered(last)[1]}"
+        return [entry(data_file, last["eval/accuracy"], name)]
     return []
 
 
@@ -293,7 +301,9 @@ def _metric_name(row: Mapping[str, Any]) -> str:
     return f"accuracy, thoughts: {_thoughts(row['num_thoughts'])}, 95 % interval {_interval(row['low'], row['high'])}"
 
 
-def _use(model_id, base, config, settings, is_adapter) -> str:
+def _use(
+    model_id: str, base: str | None, config: MultiCoCoConfig, settings: Mapping[str, Any], *, is_adapter: bool
+) -> str:
     if not is_adapter:
         return USE.format(model_id=model_id)
     init_from = settings.get("init_latents_from")

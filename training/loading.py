@@ -19,9 +19,9 @@ def load_model(
     The model with its thought tokens. A checkpoint that lacks them gets them once, on one process and unsharded, in
     `output_dir/_start`, before DeepSpeed partitions anything; then all ranks load that. peft wraps it for `lora_rank`.
     """
-    name = model_args.model_name_or_path
+    name: str | Path = model_args.model_name_or_path
     if MultiCoCoConfig.from_pretrained(name).latent_token_id is None:
-        start = Path(args.output_dir) / "_start"  # what begins with _ is not pushed to the Hub
+        start = Path(str(args.output_dir)) / "_start"  # what begins with _ is not pushed to the Hub
         unset_hf_deepspeed_config()
         with args.main_process_first(local=False, desc="adding thought tokens"):
             if args.process_index == 0:

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from ..configuration_multicoco import MultiCoCoConfig, feedback_of
 from ..curriculum import CurriculumArguments, final_answer
@@ -18,6 +18,7 @@ from ..evaluation.metric import load_metric
 from ..processing_multicoco import MultiCoCoProcessor
 from .arguments import ModelArguments, Settings
 from .memory import PARTS, estimate_memory, worst_batches
+from .trainer import StageTrainer
 
 
 def memory_table(
@@ -88,7 +89,7 @@ def settings_table(settings: Settings) -> str:
     return "\n".join(lines)
 
 
-def write_settings(given: Settings, trainer: Trainer) -> None:
+def write_settings(given: Settings, trainer: StageTrainer) -> None:
     """settings.json beside the model: what was trained on what and how, of which the model card is made."""
     args, state = trainer.args, trainer.state
     settings = {name: value for group in given[:3] for name, value in dataclasses.asdict(group).items()}
@@ -100,7 +101,7 @@ def write_settings(given: Settings, trainer: Trainer) -> None:
         "global_batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "hub_model_id": trainer.hub_model_id,
     }
-    (Path(args.output_dir) / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (Path(str(args.output_dir)) / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def answers_of(log_history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -5,7 +5,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import Trainer
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..compat import put_first, set_scheduler
@@ -17,7 +20,7 @@ class EpochLengthSampler(LengthGroupedSampler):
     """Groups samples by length in an order drawn from seed and epoch: the same on every rank and after a resume."""
 
     def __init__(self, dataset: StageDataset, batch_size: int, seed: int):
-        super().__init__(batch_size, lengths=[len(sample["input_ids"]) for sample in dataset])
+        super().__init__(batch_size, lengths=[len(dataset[index]["input_ids"]) for index in range(len(dataset))])
         self.dataset, self.seed = dataset, seed
 
     def __iter__(self) -> Iterator[int]:
@@ -33,32 +36,51 @@ class StageTrainer(Trainer):
 
     Args:
         curriculum ([`CurriculumArguments`]): Says how long stages are.
-        args, kwargs: As of [`~transformers.Trainer`].
+        callbacks (`Sequence[TrainerCallback]`): As of [`~transformers.Trainer`], like all other arguments.
     """
 
-    def __init__(self, *args: Any, curriculum: CurriculumArguments, callbacks: Sequence[Any] = (), **kwargs: Any):
+    train_dataset: StageDataset
+
+    def __init__(self, *, curriculum: CurriculumArguments, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any):
         self.curriculum = curriculum
-        super().__init__(*args, callbacks=list(callbacks), **kwargs)
+        super().__init__(callbacks=list(callbacks), **kwargs)
         put_first(self, callbacks)
 
-    def _get_train_sampler(self, train_dataset: StageDataset | None = None) -> torch.utils.data.Sampler | None:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return EpochLengthSampler(self.train_dataset, batch_size, self.args.seed)
 
     def create_model_card(
-        self, model_name: str | None = None, license: str | None = None, tags: Sequence[str] = ()
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        """README.md made from the run's files, in the place of the stock trainer's (and of peft's)."""
+        """
+        README.md made from the run's files, in the place of the stock trainer's (and of peft's).
+
+        Raises:
+            ValueError: an argument of the stock trainer's whose value stands in the run's files.
+        """
+        if args or kwargs:
+            raise ValueError(f"{[*args, *kwargs]}: the card takes them from the run's files. Leave them out.")
         from .card import write_card  # which reads scores, while a training step needs nothing of evaluation/
 
         if self.is_world_process_zero():
-            write_card(self.args.output_dir, model_id=self.hub_model_id or model_name, license=license, tags=tags)
+            write_card(
+                str(self.args.output_dir),
+                model_id=self.hub_model_id or model_name,
+                language=language,
+                license=license,
+                tags=[tags] if isinstance(tags, str) else tags or (),
+            )
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """As [`~transformers.Trainer.create_scheduler`]; with `restart_schedule` warm-up and cosine for each stage."""
         if self.lr_scheduler is None and self.curriculum.restart_schedule:
             batch_size = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
@@ -73,5 +95,5 @@ class StageTrainer(Trainer):
                 cosine = 0.5 * (1 + math.cos(math.pi * done / length))
                 return min(1.0, (done + 1) / max(1, warmup)) * (0.1 + 0.9 * cosine)
 
-            set_scheduler(self, torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor))
+            set_scheduler(self, LambdaLR(optimizer or self.optimizer, factor))
         return super().create_scheduler(num_training_steps, optimizer)
