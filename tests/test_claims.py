@@ -1,7 +1,6 @@
 """One test for each claim about systems like this one: it fails if our verdict on the claim were wrong.
 
-Not yet held: that A-OKVQA's three rationales are reasoning steps. Its records are not read yet, so there is no rule to
-hold; the recipe that reads them brings the test.
+That A-OKVQA's three rationales are steps of one chain is held in `test_recipes.py`: each is an alternative of its own.
 """
 
 import ast

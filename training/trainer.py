@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
@@ -40,6 +40,7 @@ class StageTrainer(Trainer):
     """
 
     train_dataset: StageDataset
+    optimizer: Optimizer  # made before its schedule
 
     def __init__(self, *, curriculum: CurriculumArguments, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any):
         self.curriculum = curriculum
@@ -49,8 +50,9 @@ class StageTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else cast(StageDataset, train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochLengthSampler(self.train_dataset, batch_size, self.args.seed)
+        return EpochLengthSampler(dataset, batch_size, self.args.seed)
 
     def create_model_card(
         self,
