@@ -87,12 +87,14 @@ class CurriculumArguments:
 
     @property
     def last_stage(self) -> int:
+        """The stage that the schedule ends with; 0 for the modes without stages."""
         if self.mode in ("cot", "no_cot"):
             return 0
         return self.max_latent_stage + (1 if self.final_stage else 0)
 
     @property
     def first_epochs(self) -> int:
+        """Epochs at stage 0."""
         return self.epochs_per_stage if self.epochs_stage_0 is None else self.epochs_stage_0
 
     @property

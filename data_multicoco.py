@@ -1,9 +1,9 @@
-"""From records to batches, at any stage of the curriculum. Knows tokens and tiles, no model.
+"""From records to batches, at any stage of the curriculum. Knows tokens and tiles, no model. Read it downwards:
 
 records -> TokenizedRecords (integers, checked once) -> StageDataset (composed lazily) -> ReasoningCollator
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,10 @@ from .processing_multicoco import MultiCoCoProcessor, expand_image_tokens, open_
 from .records import DatasetImage, list_defects, question_text
 
 
-@dataclass
+# --- records -> tokens -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class TokenizedRecord:
     """Token ids of the pieces of a record; the question with one visual token per image."""
 
@@ -24,8 +27,71 @@ class TokenizedRecord:
     question: list[int]
     rationales: list[list[list[int]]]  # alternative lists of steps, at least one, which may be empty
     answer: list[int]
-    wholes: list[list[int]] | None  # the same text, tokenized in one go, for each alternative
-    num_patches_list: list[int] | None = None
+    num_patches_list: list[int]
+
+
+def _tokenize(
+    records: Sequence[Mapping[str, Any]], processor: MultiCoCoProcessor
+) -> Iterator[tuple[Mapping[str, Any], tuple[list, list, list], list[list[int]]]]:
+    """
+    Each record with the token ids of its pieces (question, rationales, answer), and with those of the same text
+    tokenized in one go, for each of the rationales.
+    """
+    conversations = [[{"role": "user", "content": question_text(record)}] for record in records]
+    prompts = processor.apply_chat_template(conversations, add_generation_prompt=True, num_thoughts=None)
+    questions, rationales, answers, wholes = [], [], [], []
+    for prompt, record in zip(prompts, records, strict=True):
+        questions.append(expand_image_tokens(prompt, [1] * len(record["images"]), 1))
+        alternatives = record.get("rationales", [record["steps"]])
+        rationales.append([[step + "\n" for step in steps] for steps in alternatives])
+        answers.append("" if record["answer"] is None else ANSWER_MARK + record["answer"] + TURN_END_TOKEN)
+        wholes += ["".join([questions[-1], *steps, answers[-1]]) for steps in rationales[-1]]
+
+    def encode(texts):
+        return iter(processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+
+    whole_ids = encode(wholes)
+    step_ids = encode([step for alternatives in rationales for steps in alternatives for step in steps])
+    for record, question, alternatives, answer in zip(
+        records, encode(questions), rationales, encode(answers), strict=True
+    ):
+        pieces = question, [[next(step_ids) for _ in steps] for steps in alternatives], answer
+        yield record, pieces, [next(whole_ids) for _ in alternatives]
+
+
+def _count_tiles(record: Mapping[str, Any], processor: MultiCoCoProcessor) -> list[int]:
+    """Tiles of each image of a record; of a file only the header is read."""
+    counts = []
+    for index, image in enumerate(record["images"]):
+        try:
+            if isinstance(image, str):
+                with Image.open(image) as file:
+                    width, height = file.size
+            else:
+                width, height = open_image(_loaded(image), 0, index).size
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            name = image if isinstance(image, str) else f"number {index}"
+            raise ValueError(
+                f"Record {record['id']!r}: `images` {name} cannot be read: {error}. Mend the file, or leave it out."
+            ) from error
+        counts.append(processor.image_processor.get_number_of_image_patches(height, width, processor.images_kwargs))
+    return counts
+
+
+def _loaded(image: Any) -> Any:
+    return image.open() if isinstance(image, DatasetImage) else image
+
+
+def _check_pieces(row: TokenizedRecord, wholes: list[list[int]]) -> None:
+    pieces = [[*row.question, *(t for step in steps for t in step), *row.answer] for steps in row.rationales]
+    if pieces != wholes:
+        raise ValueError(
+            f"Record {row.record['id']!r}: `steps` and `answer` tokenize differently in pieces and as a whole, so "
+            "the model would be trained on other tokens than it writes. Strip unusual characters at their ends."
+        )
+
+
+# --- tokens -> samples -------------------------------------------------------------------------------------------
 
 
 class StageDataset(torch.utils.data.Dataset):
@@ -52,6 +118,7 @@ class StageDataset(torch.utils.data.Dataset):
         records: Sequence[Mapping[str, Any]],
         processor: MultiCoCoProcessor,
         curriculum: CurriculumArguments,
+        *,
         seed: int = 42,
         max_length: int | None = None,
         skip_bad_records: bool = False,
@@ -64,9 +131,12 @@ class StageDataset(torch.utils.data.Dataset):
         self.block_ids = start, latent, end
         self._clock = torch.zeros(2, dtype=torch.long).share_memory_()  # stage, epoch
         self.tokenized, defects = [], []
-        for row in _tokenize(records, processor):
+        for record, pieces, wholes in _tokenize(records, processor):
             try:
-                self._check(row, processor, max_length)
+                row = TokenizedRecord(record, *pieces, _count_tiles(record, processor))
+                _check_pieces(row, wholes)
+                if max_length is not None:
+                    self._check_length(row, max_length)
                 self.tokenized.append(row)
             except ValueError as error:
                 if not skip_bad_records:
@@ -77,37 +147,30 @@ class StageDataset(torch.utils.data.Dataset):
             raise ValueError("No usable record is left. Check `records`, and the list of defects, if any.")
         self.records = [row.record for row in self.tokenized]
 
-    def _check(self, row: TokenizedRecord, processor, max_length):
-        row.num_patches_list = _count_tiles(row.record, processor)
-        pieces = [[*row.question, *(t for step in steps for t in step), *row.answer] for steps in row.rationales]
-        if pieces != row.wholes:
+    def _check_length(self, row: TokenizedRecord, max_length: int) -> None:
+        length = max(
+            len(self._compose(row, steps, stage)[0])
+            for steps in row.rationales
+            for stage in range(self.curriculum.last_stage + 1)
+        )
+        if length > max_length:
             raise ValueError(
-                f"Record {row.record['id']!r}: `steps` and `answer` tokenize differently in pieces and as a whole, so "
-                "the model would be trained on other tokens than it writes. Strip unusual characters at their ends."
+                f"Record {row.record['id']!r}: `question`, `steps` and `answer` are {length} tokens, more than "
+                f"`max_length` {max_length}. Raise it, lower `max_patches`, or shorten the record; nothing is "
+                "truncated."
             )
-        row.wholes = None  # only for this check
-        if max_length is not None:
-            length = max(
-                len(self._compose(row, steps, stage)[0])
-                for steps in row.rationales
-                for stage in range(self.curriculum.last_stage + 1)
-            )
-            if length > max_length:
-                raise ValueError(
-                    f"Record {row.record['id']!r}: `question`, `steps` and `answer` are {length} tokens, more than "
-                    f"`max_length` {max_length}. Raise it, lower `max_patches`, or shorten the record; nothing is "
-                    "truncated."
-                )
 
     @property
     def stage(self) -> int:
+        """The stage that records are composed at."""
         return int(self._clock[0])
 
     @property
     def epoch(self) -> int:
+        """The epoch that draws are made for."""
         return int(self._clock[1])
 
-    def set_stage(self, stage: int, epoch: int = 0):
+    def set_stage(self, stage: int, epoch: int = 0) -> None:
         """Composes all records at `stage` from now on; `epoch` only changes the draws."""
         self._clock[0], self._clock[1] = stage, epoch
 
@@ -125,7 +188,12 @@ class StageDataset(torch.utils.data.Dataset):
         key = (self.seed, epoch, index)
         steps = row.rationales[draw_rationale(len(row.rationales), key)]
         input_ids, labels = self._compose(row, steps, draw_stage(self.curriculum, stage, len(steps), key))
-        return {"input_ids": input_ids, "labels": labels, **self._images(row)}
+        return {"input_ids": input_ids, "labels": labels, **self._images_of(row)}
+
+    def _compose(self, row: TokenizedRecord, steps: list[list[int]], stage: int) -> tuple[list[int], list[int]]:
+        num_thoughts, num_gone = self.curriculum.counts(len(steps), stage)
+        num_thoughts = num_thoughts if self.curriculum.has_block else None
+        return compose(self._whole_question(row), steps[num_gone:], row.answer, num_thoughts, self.block_ids)
 
     def num_thoughts(self, index: int, stage: int) -> int | None:
         """
@@ -138,25 +206,20 @@ class StageDataset(torch.utils.data.Dataset):
     def prompt(self, index: int, num_thoughts: int | None) -> dict[str, Any]:
         """A record as it is asked: with this many thoughts and nothing after them; `None` is no block."""
         row = self.tokenized[index]
-        input_ids, _ = compose(self._question(row), [], [], num_thoughts, self.block_ids)
-        return {"input_ids": input_ids, **self._images(row)}
+        input_ids, _ = compose(self._whole_question(row), [], [], num_thoughts, self.block_ids)
+        return {"input_ids": input_ids, **self._images_of(row)}
 
     def answered(self, index: int, num_thoughts: int | None) -> dict[str, Any]:
         """A record as [`~StageDataset.prompt`] asks it, with its answer at once, whose tokens are the labels."""
         row = self.tokenized[index]
-        input_ids, labels = compose(self._question(row), [], row.answer, num_thoughts, self.block_ids)
-        return {"input_ids": input_ids, "labels": labels, **self._images(row)}
+        input_ids, labels = compose(self._whole_question(row), [], row.answer, num_thoughts, self.block_ids)
+        return {"input_ids": input_ids, "labels": labels, **self._images_of(row)}
 
     def max_new_tokens(self) -> int:
         """Tokens of the longest written steps and answer."""
         return max(sum(map(len, steps)) + len(row.answer) for row in self.tokenized for steps in row.rationales)
 
-    def _compose(self, row: TokenizedRecord, steps: list[list[int]], stage: int) -> tuple[list[int], list[int]]:
-        num_thoughts, num_gone = self.curriculum.counts(len(steps), stage)
-        num_thoughts = num_thoughts if self.curriculum.has_block else None
-        return compose(self._question(row), steps[num_gone:], row.answer, num_thoughts, self.block_ids)
-
-    def _question(self, row: TokenizedRecord) -> list[int]:
+    def _whole_question(self, row: TokenizedRecord) -> list[int]:
         """The prompt with its image runs, from one visual token per image to all of them."""
         runs = iter(row.num_patches_list)
         tokens = []
@@ -164,62 +227,11 @@ class StageDataset(torch.utils.data.Dataset):
             tokens += [token] * (self.num_image_token * next(runs) if token == self.image_token_id else 1)
         return tokens
 
-    def _images(self, row: TokenizedRecord) -> dict[str, Any]:
+    def _images_of(self, row: TokenizedRecord) -> dict[str, Any]:
         return {"images": row.record["images"], "num_patches_list": row.num_patches_list}
 
 
-def _count_tiles(record, processor) -> list[int]:
-    counts = []
-    for index, image in enumerate(record["images"]):
-        try:
-            if isinstance(image, str):
-                with Image.open(image) as file:  # the header, not the pixels
-                    width, height = file.size
-            else:
-                width, height = open_image(_load(image), 0, index).size
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            name = image if isinstance(image, str) else f"number {index}"
-            raise ValueError(
-                f"Record {record['id']!r}: `images` {name} cannot be read: {error}. Mend the file, or leave it out."
-            ) from error
-        counts.append(processor.image_processor.get_number_of_image_patches(height, width, processor.images_kwargs))
-    return counts
-
-
-def _load(image):
-    return image.open() if isinstance(image, DatasetImage) else image
-
-
-def _tokenize(records, processor) -> Iterable[TokenizedRecord]:
-    conversations = [[{"role": "user", "content": question_text(record)}] for record in records]
-    prompts = processor.apply_chat_template(conversations, add_generation_prompt=True, num_thoughts=None)
-    prompts = [
-        expand_image_tokens(prompt, [1] * len(record["images"]), 1)
-        for prompt, record in zip(prompts, records, strict=True)
-    ]
-    rationales = [
-        [[step + "\n" for step in steps] for steps in record.get("rationales", [record["steps"]])]
-        for record in records
-    ]
-    answers = [
-        "" if record["answer"] is None else ANSWER_MARK + record["answer"] + TURN_END_TOKEN for record in records
-    ]
-
-    def encode(texts):
-        return iter(processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-
-    wholes = encode(
-        [
-            "".join([prompt, *steps, answer])
-            for prompt, alternatives, answer in zip(prompts, rationales, answers, strict=True)
-            for steps in alternatives
-        ]
-    )
-    flat_steps = encode([step for alternatives in rationales for steps in alternatives for step in steps])
-    prompts, answers = encode(prompts), encode(answers)
-    for record, alternatives in zip(records, rationales, strict=True):
-        step_ids = [[next(flat_steps) for _ in steps] for steps in alternatives]
-        yield TokenizedRecord(record, next(prompts), step_ids, next(answers), [next(wholes) for _ in alternatives])
+# --- samples -> batches ------------------------------------------------------------------------------------------
 
 
 class ReasoningCollator:
@@ -252,37 +264,37 @@ class ReasoningCollator:
         ]
         column = max((first for first in firsts if first is not None), default=0)
         lefts = [0 if first is None else column - first for first in firsts]
-        return {**self._pad(features, lefts), **self._pixels(features)}
+        return {**self._padded(features, lefts), **self._pixels(features)}
 
     def prompts(self, features: Sequence[Mapping[str, Any]], *, with_images: bool = True) -> dict[str, Any]:
         """The same for prompts to generate from: padded on the left. Without images, ids and mask only."""
         longest = max(len(feature["input_ids"]) for feature in features)
         lefts = [longest - len(feature["input_ids"]) for feature in features]
-        return {**self._pad(features, lefts), **(self._pixels(features) if with_images else {})}
+        return {**self._padded(features, lefts), **(self._pixels(features) if with_images else {})}
 
-    def _pad(self, features, lefts) -> dict[str, torch.Tensor]:
+    def _padded(self, features: Sequence[Mapping[str, Any]], lefts: Sequence[int]) -> dict[str, torch.Tensor]:
         width = max(left + len(feature["input_ids"]) for left, feature in zip(lefts, features, strict=True))
 
-        def padded(values, left, fill):
+        def row(values, left, fill):
             return [fill] * left + list(values) + [fill] * (width - left - len(values))
 
         pairs = list(zip(features, lefts, strict=True))
         batch = {
-            "input_ids": torch.tensor([padded(item["input_ids"], left, self.pad_token_id) for item, left in pairs]),
-            "attention_mask": torch.tensor([padded([1] * len(item["input_ids"]), left, 0) for item, left in pairs]),
+            "input_ids": torch.tensor([row(item["input_ids"], left, self.pad_token_id) for item, left in pairs]),
+            "attention_mask": torch.tensor([row([1] * len(item["input_ids"]), left, 0) for item, left in pairs]),
         }
         if all("labels" in feature for feature in features):
-            batch["labels"] = torch.tensor([padded(item["labels"], left, -100) for item, left in pairs])
+            batch["labels"] = torch.tensor([row(item["labels"], left, -100) for item, left in pairs])
         return batch
 
-    def _pixels(self, features) -> dict[str, Any]:
+    def _pixels(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         expected = [count for feature in features for count in feature.get("num_patches_list", [])]
         for sample, feature in enumerate(features):
             self._check_images(sample, feature)
         if not expected:
             return {}
         images = [
-            open_image(_load(image), sample, index)
+            open_image(_loaded(image), sample, index)
             for sample, feature in enumerate(features)
             for index, image in enumerate(feature.get("images", []))
         ]
@@ -295,7 +307,7 @@ class ReasoningCollator:
             )
         return {"pixel_values": tiles["pixel_values"], "num_patches_list": num_patches_list}
 
-    def _check_images(self, sample: int, feature: Mapping[str, Any]):
+    def _check_images(self, sample: int, feature: Mapping[str, Any]) -> None:
         visual = [place for place, token in enumerate(feature["input_ids"]) if token == self.image_token_id]
         if not visual:
             return

@@ -6,6 +6,7 @@ records -> TokenizedRecords (integers, checked once) -> StageDataset (composed l
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,11 @@ def load_records(
         rows = rows[split]
     if isinstance(rows, HubDataset):
         rows = _read_dataset(rows, columns)
+    wanted = _Wanted(folder, allow_outside, needs_steps, needs_answer)
     records, defects, seen = [], [], set()
     for number, row in enumerate(rows):
         try:
-            record = _check_record(row, columns, number, folder, needs_steps, allow_outside, needs_answer)
+            record = _check_record(row, number, columns, wanted)
             if record["id"] in seen:
                 raise ValueError(f"Record {record['id']!r}: `id` stands twice. Give every record its own.")
         except ValueError as error:
@@ -95,7 +97,8 @@ def load_records(
     return records
 
 
-def list_defects(defects: Sequence[ValueError]):
+def list_defects(defects: Sequence[ValueError]) -> None:
+    """Warns of the records that were left out, each with its reason."""
     if defects:
         logger.warning(f"{len(defects)} records were left out:\n  " + "\n  ".join(map(str, defects)))
 
@@ -154,7 +157,8 @@ class DatasetImage:
     def __init__(self, dataset: HubDataset, row: int, column: str, index: int | None):
         self.dataset, self.row, self.column, self.index = dataset, row, column, index
 
-    def open(self):
+    def open(self) -> Any:
+        """The image as the data set decodes it; `None` where the row has none."""
         value = self.dataset[self.row][self.column]
         return value if self.index is None else value[self.index]
 
@@ -179,83 +183,103 @@ def _read_dataset(dataset: HubDataset, columns: Mapping[str, str]) -> Iterable[d
         yield {**row, column: [DatasetImage(images, number, column, index) for index in indices]}
 
 
-def _check_record(row, columns, number, folder, needs_steps, allow_outside, needs_answer) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Wanted:
+    """What `load_records` was told to accept."""
+
+    folder: Path | None
+    allow_outside: bool
+    needs_steps: bool
+    needs_answer: bool
+
+
+def _check_record(row: Any, number: int, columns: Mapping[str, str], wanted: _Wanted) -> dict[str, Any]:
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, Mapping):
         raise ValueError(f"Record {number}: is a {type(row).__name__}, expected an object with fields {FIELDS}.")
     image_column = columns.get("images", "images" if "images" in row else "image")  # `image` is the Hub's usual name
-    row = {name: row.get(columns.get(name, name)) for name in FIELDS} | {"images": row.get(image_column)}
-    record_id = number if row["id"] is None else row["id"]
-    where = f"Record {record_id!r}"
-    if isinstance(record_id, bool) or not isinstance(record_id, (str, int)):
-        raise ValueError(f"Record {number}: `id` is {record_id!r:.100}, expected a string or an integer. Change it.")
-    for name in ("question", "answer"):
-        if name == "answer" and row[name] is None and not needs_answer:
-            continue
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise ValueError(f"{where}: `{name}` is {row[name]!r:.100}, expected a non-empty string. Fill it in.")
-    for name in ("steps", "choices", "answers"):
-        value = row[name] if row[name] is not None else []
-        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item.strip() for item in value):
-            raise ValueError(
-                f"{where}: `{name}` is {value!r:.100}, expected a list of non-empty strings. Split or fill it in."
-            )
-    rationales = row["rationales"] if row["rationales"] is not None else []
-    if not isinstance(rationales, (list, tuple)) or not all(
-        isinstance(steps, (list, tuple)) and steps and all(isinstance(step, str) and step.strip() for step in steps)
-        for steps in rationales
-    ):
+    record = {name: row.get(columns.get(name, name)) for name in FIELDS} | {"images": row.get(image_column)}
+    record["id"] = number if record["id"] is None else record["id"]
+    if isinstance(record["id"], bool) or not isinstance(record["id"], (str, int)):
         raise ValueError(
-            f"{where}: `rationales` is {rationales!r:.100}, expected a list of alternative lists of steps, each of "
+            f"Record {number}: `id` is {record['id']!r:.100}, expected a string or an integer. Change it."
+        )
+    where = f"Record {record['id']!r}"
+    for name, check in _CHECKS:
+        record[name] = check(record, name, where, wanted)
+    return {name: value for name, value in record.items() if name not in ("rationales", "extra") or value}
+
+
+def _text(record: dict, name: str, where: str, wanted: _Wanted) -> str:
+    if not _is_text(record[name]):
+        raise ValueError(f"{where}: `{name}` is {record[name]!r:.100}, expected a non-empty string. Fill it in.")
+    return record[name].strip()
+
+
+def _answer(record: dict, name: str, where: str, wanted: _Wanted) -> str | None:
+    return None if record[name] is None and not wanted.needs_answer else _text(record, name, where, wanted)
+
+
+def _texts(record: dict, name: str, where: str, wanted: _Wanted) -> list[str]:
+    value = [] if record[name] is None else record[name]
+    if not _are_texts(value):
+        raise ValueError(
+            f"{where}: `{name}` is {value!r:.100}, expected a list of non-empty strings. Split or fill it in."
+        )
+    return list(value)
+
+
+def _rationales(record: dict, name: str, where: str, wanted: _Wanted) -> list[list[str]]:
+    value = [] if record[name] is None else record[name]
+    if not isinstance(value, (list, tuple)) or not all(_are_texts(steps) and steps for steps in value):
+        raise ValueError(
+            f"{where}: `rationales` is {value!r:.100}, expected a list of alternative lists of steps, each of "
             "non-empty strings. Split each explanation into its steps."
         )
-    if rationales and row["steps"]:
+    if value and record["steps"]:
         raise ValueError(
             f"{where}: has both `steps` and `rationales`, expected one. Put the steps among the `rationales` if they "
             "are one more alternative."
         )
-    alternatives = [[step.strip() for step in steps] for steps in rationales or [row["steps"] or []]]
-    if row["extra"] is not None and not isinstance(row["extra"], Mapping):
-        raise ValueError(f"{where}: `extra` is {row['extra']!r:.100}, expected an object. Give its values names.")
-    if needs_steps and not alternatives[0]:
+    return [[step.strip() for step in steps] for steps in value]
+
+
+def _extra(record: dict, name: str, where: str, wanted: _Wanted) -> dict:
+    if record[name] is not None and not isinstance(record[name], Mapping):
+        raise ValueError(f"{where}: `extra` is {record[name]!r:.100}, expected an object. Give its values names.")
+    return dict(record[name] or {})
+
+
+def _first_steps(record: dict, name: str, where: str, wanted: _Wanted) -> list[str]:
+    """The first of the alternatives, if there are any."""
+    steps = record["rationales"][0] if record["rationales"] else [step.strip() for step in record["steps"]]
+    if wanted.needs_steps and not steps:
         raise ValueError(
             f"{where}: `steps` is empty, expected at least one written step to learn from. Write the steps, or train "
             "with `--mode no_cot`."
         )
-    texts = {name: [row[name]] if isinstance(row[name], str) else row[name] or [] for name in ("question", "answer")}
-    texts |= {"steps": [step for steps in alternatives for step in steps], "choices": row["choices"] or []}
-    for name in texts:
-        for text in texts[name]:
-            for token in RESERVED_TOKENS + CHAT_TOKENS + (() if name == "question" else (IMAGE_PLACEHOLDER,)):
-                if token in text:
-                    raise ValueError(f"{where}: `{name}` contains {token}, which is reserved. Remove or rephrase it.")
-    images = row["images"] if row["images"] is not None else []
-    images = list(images) if isinstance(images, (list, tuple)) else [images]
-    images = [_check_image(image, where, folder, allow_outside) for image in images]
-    placed = row["question"].count(IMAGE_PLACEHOLDER)
-    if placed not in (0, len(images)):
-        raise ValueError(
-            f"{where}: `question` has {placed} {IMAGE_PLACEHOLDER} for {len(images)} `images`. Write one per image, "
-            "or none to put the images first."
-        )
-    record = {
-        "id": record_id,
-        "images": images,
-        "question": row["question"].strip(),
-        "choices": list(row["choices"] or []),
-        "steps": alternatives[0],
-        "answer": row["answer"].strip() if row["answer"] is not None else None,
-        "answers": list(row["answers"] or []),
-    }
-    if rationales:
-        record["rationales"] = alternatives
-    if row["extra"]:
-        record["extra"] = dict(row["extra"])
-    return record
+    return steps
 
 
-def _check_image(image, where, folder, allow_outside):
+def _unreserved(record: dict, name: str, where: str, wanted: _Wanted) -> Any:
+    """The field as it is, without a token that only the program may write; `steps` stands for all alternatives."""
+    tokens = RESERVED_TOKENS + CHAT_TOKENS + (() if name == "question" else (IMAGE_PLACEHOLDER,))
+    for text in _flat(record["rationales"] or record["steps"] if name == "steps" else record[name]):
+        for token in tokens:
+            if token in text:
+                raise ValueError(f"{where}: `{name}` contains {token}, which is reserved. Remove or rephrase it.")
+    return record[name]
+
+
+def _images(record: dict, name: str, where: str, wanted: _Wanted) -> list[Any]:
+    images = [] if record[name] is None else record[name]
+    images = images if isinstance(images, (list, tuple)) else [images]
+    return [_image(image, where, wanted) for image in images]
+
+
+def _image(image: Any, where: str, wanted: _Wanted) -> Any:
+    """The absolute path of a file; an image of any other kind as it is."""
     if isinstance(image, (DatasetImage, Image.Image, bytes)):
         return image
     if not isinstance(image, (str, os.PathLike)):
@@ -263,8 +287,8 @@ def _check_image(image, where, folder, allow_outside):
             f"{where}: `images` holds a {type(image).__name__}, expected a path, a PIL image or bytes. "
             "Change it, or leave it out."
         )
-    path = (folder / image).resolve() if folder is not None else Path(image).resolve()
-    if folder is not None and not allow_outside and not path.is_relative_to(folder):
+    path = (wanted.folder / image if wanted.folder is not None else Path(image)).resolve()
+    if wanted.folder is not None and not wanted.allow_outside and not path.is_relative_to(wanted.folder):
         raise ValueError(
             f"{where}: `images` leaves the folder of the data: {image}. Move the image, or pass `--allow_outside`."
         )
@@ -273,3 +297,46 @@ def _check_image(image, where, folder, allow_outside):
             f"{where}: `images` names {path!s:.200}, which does not exist. Paths are relative to the file of records."
         )
     return str(path)
+
+
+def _placed(record: dict, name: str, where: str, wanted: _Wanted) -> str:
+    placed, num_images = record[name].count(IMAGE_PLACEHOLDER), len(record["images"])
+    if placed not in (0, num_images):
+        raise ValueError(
+            f"{where}: `question` has {placed} {IMAGE_PLACEHOLDER} for {num_images} `images`. Write one per image, "
+            "or none to put the images first."
+        )
+    return record[name]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_text, value))
+
+
+def _flat(value: Any) -> list[str]:
+    """The strings in a string, a list or a list of lists; none in `None`."""
+    return [value] if isinstance(value, str) else [text for item in value or () for text in _flat(item)]
+
+
+# From top to bottom: each takes the record as far as it is checked and gives the value of its field. Of several
+# defects the first is reported.
+_CHECKS = (
+    ("question", _text),
+    ("answer", _answer),
+    ("steps", _texts),
+    ("choices", _texts),
+    ("answers", _texts),
+    ("rationales", _rationales),
+    ("extra", _extra),
+    ("steps", _first_steps),
+    ("question", _unreserved),
+    ("answer", _unreserved),
+    ("steps", _unreserved),
+    ("choices", _unreserved),
+    ("images", _images),
+    ("question", _placed),
+)

@@ -70,7 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> StageTrainer | None:
         judge = make_judge(eval_dataset, processor)
         callbacks.append(
             AnswerCallback(
-                curriculum, eval_dataset, collator, judge, data_args.answer_batch_size, data_args.answer_every
+                curriculum,
+                eval_dataset,
+                collator,
+                judge,
+                batch_size=data_args.answer_batch_size,
+                every=data_args.answer_every,
             )
         )
     model = load_model(model_args, args, processor)

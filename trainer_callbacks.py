@@ -11,11 +11,12 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from .compat import add_to_log, rank, world_size
@@ -44,12 +45,31 @@ class CurriculumCallback(TrainerCallback):
         self.curriculum, self.datasets = curriculum, datasets
         self.stage = 0
 
-    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Begins at the stage of the epoch that a resumed run is in."""
         if getattr(args, "remove_unused_columns", False):
             raise ValueError("`remove_unused_columns` is True, but the collator reads `images`. Set it to False.")
         self._enter(int(state.epoch or 0), model, processing_class)
 
-    def on_epoch_begin(self, args, state, control, model=None, processing_class=None, optimizer=None, **kwargs):
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        processing_class: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Moves data and configuration to the epoch's stage, and clears the moments if it is a new one."""
         epoch = int(state.epoch or 0)
         self._enter(epoch, model, processing_class)
         resumed_inside = (state.epoch or 0) % 1 > 0  # the epoch began before the interruption
@@ -61,17 +81,33 @@ class CurriculumCallback(TrainerCallback):
             reset_optimizer(optimizer)
             logger.info(f"Stage {self.stage}: the optimizer's moments are cleared.")
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds the stage and its number of thoughts to a logged loss."""
         if "loss" in logs:
             num_thoughts = self.curriculum.num_thoughts(self.stage) or 0
             add_to_log(state, logs, {"curriculum/stage": self.stage, "curriculum/num_thoughts": num_thoughts})
 
-    def on_save(self, args, state, control, model=None, **kwargs):
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Saves the configuration where the trainer has not."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and not (folder / "config.json").exists():  # of adapters, peft saves no config
             model.config.save_pretrained(folder)
 
-    def _enter(self, epoch: int, model, processing_class):
+    def _enter(self, epoch: int, model: PreTrainedModel, processing_class: Any) -> None:
         self.stage = self.curriculum.stage(epoch)
         for dataset in self.datasets:
             dataset.set_stage(self.stage, epoch)
@@ -82,7 +118,7 @@ class CurriculumCallback(TrainerCallback):
             processing_class.num_thoughts = num_thoughts
 
 
-def reset_optimizer(optimizer) -> None:
+def reset_optimizer(optimizer: Any) -> None:
     """Clears all moments and step counts in place, under any number of wrappers (accelerate's, DeepSpeed's)."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -101,7 +137,10 @@ class CompletionCallback(TrainerCallback):
     A run that is killed while it saves leaves a folder without the mark, which is never resumed from.
     """
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the mark from checkpoints that this run will write again."""
         if args.save_total_limit == 1:
             raise ValueError(
                 "`save_total_limit` is 1: a run killed while it saves would leave nothing complete. Use at least 2."
@@ -112,14 +151,15 @@ class CompletionCallback(TrainerCallback):
                     (checkpoint / COMPLETE).unlink(missing_ok=True)
                     os.utime(checkpoint, (0, 0))  # `save_total_limit` deletes the oldest: this one before a whole one
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Marks the checkpoint, once every rank has written its part."""
         if dist.is_initialized():
             dist.barrier()
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
-def last_complete_checkpoint(output_dir: str) -> str | None:
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The newest checkpoint in `output_dir` that was written to its end, or `None`."""
     complete = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{COMPLETE}")]
     return str(max(complete, key=_step)) if complete else None
@@ -139,7 +179,7 @@ class AnswerCallback(TrainerCallback):
         curriculum ([`CurriculumArguments`]): Says when a stage ends.
         dataset ([`StageDataset`]): What is asked.
         collator ([`ReasoningCollator`]): Makes the batches of prompts.
-        is_correct (`Callable[[list[int], int], bool]`): Judges the new tokens of the sample with this index.
+        is_correct (`Callable[[Sequence[int], int], bool]`): Judges the new tokens of the sample with this index.
         batch_size (`int`, defaults to 64): Prompts per `generate` call of one rank.
         every (`str`, defaults to `"stage"`): `"stage"`, `"epoch"` or `"end"`.
         generate_kwargs (`dict`, *optional*): More arguments of `generate`.
@@ -151,15 +191,24 @@ class AnswerCallback(TrainerCallback):
         dataset: StageDataset,
         collator: ReasoningCollator,
         is_correct: Callable[[Sequence[int], int], bool],
+        *,
         batch_size: int = 64,
         every: str = "stage",
-        generate_kwargs: dict | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
     ):
         self.curriculum, self.dataset, self.collator, self.is_correct = curriculum, dataset, collator, is_correct
         self.batch_size, self.every, self.generate_kwargs = batch_size, every, generate_kwargs or {}
-        self.pending = {}
+        self.pending: dict[str, float] = {}
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Measures after the last step of a stage (or epoch), or of the run."""
         # Not `on_epoch_end`: that comes after the checkpoint of an epoch's last step, which would lack the answers.
         is_last = state.global_step >= state.max_steps
         if not is_last and state.epoch % 1 > 0:
@@ -170,43 +219,51 @@ class AnswerCallback(TrainerCallback):
             self.pending = self.measure(model, stage, disable_tqdm=args.disable_tqdm)
             control.should_log = True
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds what was measured to the log that it asked for."""
         add_to_log(state, logs, self.pending)
         self.pending = {}
 
-    @torch.no_grad()
-    def measure(self, model, stage: int, disable_tqdm: bool = False) -> dict[str, float]:
-        """Accuracy and mean number of new tokens at `stage`."""
-        world, own = world_size(), rank()
-        share = -(-len(self.dataset) // world)  # the same for all ranks; surplus places repeat and are not counted
-        indices = list(range(own, len(self.dataset), world))
-        generate_kwargs = {"max_new_tokens": self.dataset.max_new_tokens(), "do_sample": False, "num_beams": 1}
-        generate_kwargs |= self.generate_kwargs
+    def measure(self, model: PreTrainedModel, stage: int, *, disable_tqdm: bool = False) -> dict[str, float]:
+        """Accuracy and mean number of new tokens at `stage`, over all ranks."""
+        own = range(rank(), len(self.dataset), world_size())
+        share = math.ceil(len(self.dataset) / world_size())  # the same for all ranks
+        asked = [*own, rank() % len(self.dataset)][:share]  # a surplus place repeats a sample, and is not counted
+        totals = torch.zeros(3, dtype=torch.long)  # correct, tokens, samples
         was_training = model.training
         model.eval()
-        totals = torch.zeros(3, dtype=torch.long)  # correct, tokens, samples
         starts = range(0, share, self.batch_size)
-        for start in tqdm(starts, desc=f"answers at stage {stage}", leave=False, disable=disable_tqdm or own > 0):
-            places = range(start, min(start + self.batch_size, share))
-            chosen = [indices[place] if place < len(indices) else own % len(self.dataset) for place in places]
-            prompts = [self.dataset.prompt(index, self.dataset.num_thoughts(index, stage)) for index in chosen]
-            batch = self.collator.prompts(prompts)
-            length = batch["input_ids"].shape[1]
-            batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
-            output = model.generate(**batch, **generate_kwargs)
-            for place, index, tokens in zip(places, chosen, output[:, length:].tolist(), strict=True):
-                if place < len(indices):
-                    tokens = [token for token in tokens if token != self.collator.pad_token_id]
-                    totals += torch.tensor([self.is_correct(tokens, index), len(tokens), 1])
+        for start in tqdm(starts, desc=f"answers at stage {stage}", leave=False, disable=disable_tqdm or rank() > 0):
+            places = slice(start, start + self.batch_size)
+            for index, tokens in zip(own[places], self._answers(model, asked[places], stage), strict=False):
+                totals += torch.tensor([self.is_correct(tokens, index), len(tokens), 1])
         model.train(was_training)
-        if world > 1:
+        if world_size() > 1:
             totals = totals.to(model.device)
             dist.all_reduce(totals)
-        correct, tokens, count = totals.tolist()
+        correct, num_tokens, count = totals.tolist()
         return {
             "eval/stage": stage,
             "eval/accuracy": correct / count,
-            "eval/new_tokens": tokens / count,
+            "eval/new_tokens": num_tokens / count,
             "eval/num_thoughts": self.curriculum.num_thoughts(stage) or 0,
             "eval/samples": count,
         }
+
+    @torch.no_grad()
+    def _answers(self, model: PreTrainedModel, indices: Sequence[int], stage: int) -> list[list[int]]:
+        """New tokens of each of these samples, without padding."""
+        prompts = [self.dataset.prompt(index, self.dataset.num_thoughts(index, stage)) for index in indices]
+        batch = self.collator.prompts(prompts)
+        length, pad = batch["input_ids"].shape[1], self.collator.pad_token_id
+        batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+        settings = {"max_new_tokens": self.dataset.max_new_tokens(), "do_sample": False, "num_beams": 1}
+        output = model.generate(**batch, **(settings | self.generate_kwargs))
+        return [[token for token in tokens if token != pad] for tokens in output[:, length:].tolist()]

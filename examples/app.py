@@ -60,7 +60,8 @@ def build(model_path: str, max_new_tokens: int = 512) -> gr.Blocks:
     return page
 
 
-def main(arguments: list[str] | None = None):
+def main(arguments: list[str] | None = None) -> None:
+    """Starts the page, and serves it until it is interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Folder that train.py wrote, or its name on the Hub.")
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for other machines too.")

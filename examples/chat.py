@@ -10,8 +10,7 @@ import argparse
 
 from transformers import TextStreamer
 
-from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor
-from multicoco.processing_multicoco import OWN
+from multicoco import OWN, MultiCoCoForConditionalGeneration, MultiCoCoProcessor
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:

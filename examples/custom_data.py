@@ -12,11 +12,16 @@ import random
 from PIL import Image, ImageDraw
 from transformers import Trainer, TrainingArguments
 
-from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens
-from multicoco.curriculum import CurriculumArguments
-from multicoco.data_multicoco import ReasoningCollator, StageDataset
-from multicoco.records import load_records
-from multicoco.trainer_callbacks import CurriculumCallback
+from multicoco import (
+    CurriculumArguments,
+    CurriculumCallback,
+    MultiCoCoForConditionalGeneration,
+    MultiCoCoProcessor,
+    ReasoningCollator,
+    StageDataset,
+    add_thought_tokens,
+    load_records,
+)
 
 
 def make_records(count: int, seed: int = 0) -> list[dict]:
@@ -42,6 +47,7 @@ def make_records(count: int, seed: int = 0) -> list[dict]:
 
 
 def main(arguments: list[str] | None = None) -> Trainer:
+    """Trains, saves, and returns the trainer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Folder or Hub name.")
     parser.add_argument("--output_dir", required=True, help="Where the model goes.")

@@ -9,12 +9,11 @@ Prompts are padded on the left; each answer is the one that the record alone wou
 import argparse
 import json
 
-from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor
-from multicoco.processing_multicoco import OWN
-from multicoco.records import load_records, question_text
+from multicoco import OWN, MultiCoCoForConditionalGeneration, MultiCoCoProcessor, load_records, question_text
 
 
-def main(arguments: list[str] | None = None):
+def main(arguments: list[str] | None = None) -> None:
+    """Writes the file of answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Folder or Hub name.")
     parser.add_argument(

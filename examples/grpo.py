@@ -9,14 +9,19 @@ the same thoughts, and the answers differ by their words.
 """
 
 import argparse
+from typing import Any
 
 from datasets import Dataset, Image, List
 from trl import GRPOConfig, GRPOTrainer
 
-from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor
-from multicoco.curriculum import ANSWER_MARK
-from multicoco.processing_multicoco import IMAGE_PLACEHOLDER
-from multicoco.records import load_records, question_text
+from multicoco import (
+    IMAGE_PLACEHOLDER,
+    MultiCoCoForConditionalGeneration,
+    MultiCoCoProcessor,
+    final_answer,
+    load_records,
+    question_text,
+)
 
 
 def make_dataset(records: list[dict]) -> Dataset:
@@ -34,14 +39,15 @@ def make_dataset(records: list[dict]) -> Dataset:
     return dataset.cast_column("images", List(Image()))
 
 
-def exact_match(completions: list[list[dict]], answer: list[str], **kwargs) -> list[float]:
+def exact_match(completions: list[list[dict]], answer: list[str], **kwargs: Any) -> list[float]:
     """1 for a completion whose last `### ` is followed by the answer, else 0."""
     texts = [completion[-1]["content"] for completion in completions]
-    found = [text.rsplit(ANSWER_MARK, 1)[-1].strip() if ANSWER_MARK in text else None for text in texts]
-    return [float(text == right) for text, right in zip(found, answer, strict=True)]
+    # Of a text without the mark `final_answer` is all of it: the bare answer earns nothing.
+    return [float(text.strip() != final_answer(text) == right) for text, right in zip(texts, answer, strict=True)]
 
 
 def main(arguments: list[str] | None = None) -> GRPOTrainer:
+    """Trains, saves, and returns the trainer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Folder or Hub name of a model that thinks.")
     parser.add_argument("--data", required=True, help="Records, see docs/data.md; `steps` are not needed.")

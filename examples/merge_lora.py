@@ -20,7 +20,8 @@ from multicoco import (
 )
 
 
-def main(arguments: list[str] | None = None):
+def main(arguments: list[str] | None = None) -> None:
+    """Writes the merged model and its processor."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", required=True, help="Folder of a run or of one of its checkpoints.")
     parser.add_argument("--output_dir", required=True, help="Where the merged model goes.")

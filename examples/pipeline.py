@@ -11,6 +11,7 @@ from transformers import pipeline
 
 
 def main(arguments: list[str] | None = None) -> str:
+    """Prints the answer, and returns it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Folder that train.py wrote, or its name on the Hub.")
     parser.add_argument("--image", required=True, help="Path or URL of a picture.")

@@ -47,7 +47,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor
 
 
-def register():
+def register() -> None:
     """Makes our classes known under the names in a checkpoint, so that the server runs no code of the checkpoint."""
     AutoConfig.register(MultiCoCoConfig.model_type, MultiCoCoConfig, exist_ok=True)
     AutoProcessor.register(MultiCoCoConfig, MultiCoCoProcessor, exist_ok=True)
@@ -81,7 +81,8 @@ def build(model: str, num_thoughts: int | None = None, device: str = "auto", dty
     return app
 
 
-def main(arguments: list[str] | None = None):
+def main(arguments: list[str] | None = None) -> None:
+    """Serves until it is interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Folder that train.py wrote, or its name on the Hub.")
     parser.add_argument(

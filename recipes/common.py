@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
-from datasets import load_dataset
 from PIL import Image
 
-from multicoco.records import load_records
+from multicoco import load_records
 
 
 # --- steps -------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ class LeftOut(Exception):
     """Why a row becomes no record; the reason in the same words for all rows that share it."""
 
 
-def read_split(source: str, split: str):
+def read_split(source: str, split: str) -> Dataset:
     """A split of a data set on the Hub, or of a folder with its parquet files; images stay undecoded."""
     dataset = load_dataset(source, split=split)
     for name, feature in dataset.features.items():
@@ -135,11 +135,12 @@ class Output:
         self,
         split: str,
         rows: Iterable[Any],
-        convert: Callable[[Any, int], dict[str, Any] | list[dict[str, Any]]],
+        convert: Callable[[Any, int], dict[str, Any]],
+        *,
         needs_steps: bool = True,
         needs_answer: bool = True,
         row_id: Callable[[Any, int], str] = lambda row, number: str(number),
-    ):
+    ) -> None:
         """
         Writes `{split}.jsonl`.
 
@@ -156,7 +157,7 @@ class Output:
                     record = convert(row, number)
                     if record["id"] in seen:
                         raise LeftOut("its id stands twice")
-                    self._check(record, needs_steps, needs_answer)
+                    self._check(record, needs_steps=needs_steps, needs_answer=needs_answer)
                 except LeftOut as reason:
                     self.left_out.append({"split": split, "row": row_id(row, number), "reason": str(reason)})
                     continue
@@ -166,11 +167,10 @@ class Output:
         if not seen:
             raise ValueError(f"The split `{split}` has no usable row. {self.summary()}")
 
-    def _check(self, record, needs_steps, needs_answer):
-        options = {} if needs_answer else {"needs_answer": False}
+    def _check(self, record: dict[str, Any], **needs: bool) -> None:
         images = [str(self.folder / image) for image in record["images"]]
         try:
-            load_records([{**record, "images": images}], needs_steps=needs_steps, **options)
+            load_records([{**record, "images": images}], **needs)
         except ValueError as error:
             reason = str(error).removeprefix(f"Record {record['id']!r}: ")
             raise LeftOut(f"no valid record: {reason}") from error
@@ -251,6 +251,7 @@ def new_folder(output_dir: str | Path, settings: dict[str, Any]) -> Iterator[Out
 
 
 def make_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
+    """The parser of a recipe, with `--output_dir`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )

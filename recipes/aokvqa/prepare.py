@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from multicoco.recipes.common import LeftOut, Output, carve, make_parser, new_folder, read_split, to_steps
 
 
@@ -28,15 +30,18 @@ class OfficialRelease:
         self.aokvqa_dir, self.coco_dir = Path(aokvqa_dir), Path(coco_dir)
 
     def rows(self, split: str) -> list[dict[str, Any]]:
+        """The questions of a split."""
         path = self.aokvqa_dir / f"aokvqa_v1p0_{split}.json"
         if not path.is_file():
             raise ValueError(f"`aokvqa_dir` has no {path.name}. Unpack aokvqa_v1p0.tar.gz there, or choose `splits`.")
         return json.loads(path.read_text(encoding="utf-8"))
 
     def group(self, row: Mapping[str, Any]) -> str:
+        """What names the image of a row."""
         return str(row["image_id"])
 
     def image(self, output: Output, row: Mapping[str, Any], split: str, number: int) -> str:
+        """Puts the image of a row into the output; returns its path there."""
         name = f"{split}2017/{row['image_id']:012}.jpg"
         return output.link(name, self.coco_dir / name)
 
@@ -47,13 +52,16 @@ class HubCopy:
     def __init__(self, hub: str):
         self.hub = hub
 
-    def rows(self, split: str):
+    def rows(self, split: str) -> Dataset:
+        """The questions of a split, with undecoded images."""
         return read_split(self.hub, {"val": "validation"}.get(split, split))
 
     def group(self, row: Mapping[str, Any]) -> str:
+        """What names the image of a row."""
         return hashlib.sha256((row["image"] or {}).get("bytes") or b"").hexdigest()
 
     def image(self, output: Output, row: Mapping[str, Any], split: str, number: int) -> str:
+        """Puts the image of a row into the output; returns its path there."""
         return output.image(f"{split}/{number:06d}", (row["image"] or {}).get("bytes"))
 
 
@@ -148,7 +156,8 @@ def prepare(
     return output.summary()
 
 
-def main():
+def main() -> None:
+    """Makes the data set that the flags describe, and prints what it holds."""
     parser = make_parser("Make records of A-OKVQA.", "data/aokvqa")
     parser.add_argument("--aokvqa_dir", help="Folder with aokvqa_v1p0_train.json, _val.json and _test.json.")
     parser.add_argument("--coco_dir", help="Folder with train2017/, val2017/ and test2017/ of COCO.")

@@ -40,6 +40,7 @@ def make_steps(summary: str, caption: str, reasoning: str, max_steps: int) -> li
 
 
 def make_record(row: Mapping[str, Any], name: str, image: str, max_steps: int) -> dict[str, Any]:
+    """The record of the first turn of a conversation."""
     question, answer = next(read_turns(row))
     sections = SECTIONS.fullmatch(answer)
     if sections is None:
@@ -106,7 +107,8 @@ def prepare(
     return output.summary() + (f"\n{'':12}{unused:>8} later turns of conversations are not used" if unused else "")
 
 
-def main():
+def main() -> None:
+    """Makes the data set that the flags describe, and prints what it holds."""
     parser = make_parser("Make records of LLaVA-CoT-100k.", "data/llava_cot")
     parser.add_argument("--train_file", required=True, help="train.jsonl of the data set.")
     parser.add_argument("--image_dir", required=True, help="Folder in which image.zip was unpacked.")

@@ -17,6 +17,7 @@ SPLITS = {"train": "train", "val": "validation", "test": "test"}  # ours, theirs
 
 
 def make_record(row: Mapping[str, Any], image: str, max_steps: int) -> dict[str, Any]:
+    """The record of a row; its answer is the choice that the letter names."""
     letter = (row["answer"] or "").strip()
     index = string.ascii_uppercase.find(letter) if len(letter) == 1 else -1
     if not 0 <= index < len(row["choices"]):
@@ -49,7 +50,8 @@ def prepare(output_dir: str | Path, hub: str = "LightChen2333/M3CoT", max_steps:
     return output.summary()
 
 
-def main():
+def main() -> None:
+    """Makes the data set that the flags describe, and prints what it holds."""
     parser = make_parser("Make records of M3CoT.", "data/m3cot")
     parser.add_argument("--hub", default="LightChen2333/M3CoT", help="Hub name, or a folder with the parquet files.")
     parser.add_argument("--max_steps", type=int, default=8, help="Steps at most; neighbours are joined beyond.")

@@ -18,6 +18,7 @@ TOPICS = ("task", "grade", "subject", "topic", "category", "skill")
 
 
 def make_record(row: Mapping[str, Any], name: str, images: list[str], max_steps: int) -> dict[str, Any]:
+    """The record of a row, with its hint before the question."""
     if not 0 <= row["answer"] < len(row["choices"]):
         raise LeftOut("`answer` is no index of the choices")
     hint = (row["hint"] or "").strip()
@@ -49,7 +50,8 @@ def prepare(output_dir: str | Path, hub: str = "derek-thomas/ScienceQA", max_ste
     return output.summary()
 
 
-def main():
+def main() -> None:
+    """Makes the data set that the flags describe, and prints what it holds."""
     parser = make_parser("Make records of ScienceQA.", "data/scienceqa")
     parser.add_argument(
         "--hub", default="derek-thomas/ScienceQA", help="Hub name, or a folder with the parquet files."

@@ -15,6 +15,7 @@ from multicoco.recipes.common import LeftOut, make_parser, new_folder
 
 
 def make_record(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The record of a row, under a name of ours."""
     if missing := [field for field in ("question", "steps", "answer") if field not in row]:
         raise LeftOut(f"no field {', '.join(missing)}")
     return {
@@ -45,7 +46,8 @@ def prepare(output_dir: str | Path, train: str | Path, val: str | Path, test: st
     return output.summary()
 
 
-def main():
+def main() -> None:
+    """Makes the data set that the flags describe, and prints what it holds."""
     parser = make_parser("Make records of Coconut's JSON.", "data/text_json")
     parser.add_argument("--train", required=True, help="JSON file to train on.")
     parser.add_argument("--val", required=True, help="JSON file to watch.")

@@ -21,11 +21,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from multicoco import mean_interval
+from multicoco import load_records, mean_interval
 from multicoco.recipes.trails.prepare import prepare
 from multicoco.recipes.trails.runs import ROOT, Run, add_flags, markdown, run_all
 from multicoco.recipes.trails.start_model import make_start_model
-from multicoco.records import load_records
 
 
 SIZE, MAX_ARROWS, MAX_TRAIN_ARROWS, MAX_STAGE = 6, 10, 8, 2
@@ -43,7 +42,7 @@ EPOCHS = {ARROWS: "8", COT: "4"}
 DECAY = ["--lr_scheduler_kwargs", json.dumps({"num_decay_steps": 500})]
 
 
-def training(variant, seed, data, output_dir, settings) -> Run:
+def training(variant: str, seed: int, data: str, output_dir: Path, settings: Sequence[str]) -> Run:
     """From written reasoning to thoughts, or, for `cot`, from random weights to written reasoning."""
     start = {ARROWS: "start", COT: f"{ARROWS}-0"}.get(variant, f"{COT}-0")
     writes = variant in EPOCHS
@@ -55,7 +54,7 @@ def training(variant, seed, data, output_dir, settings) -> Run:
     return Run(output_dir / f"{variant}-{seed}", "train.py", flags)
 
 
-def scoring(variant, seed, data, output_dir) -> Run:
+def scoring(variant: str, seed: int, data: str, output_dir: Path) -> Run:
     """Its answers with the thoughts of 0 to 5 steps; a model that only writes is asked once."""
     flags = ["--model", str(output_dir / f"{variant}-{seed}"), "--data", f"{data}/val.jsonl", "--batch_size", "256"]
     if variant != COT:
@@ -114,7 +113,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     return markdown(head, lines)
 
 
-def draw(answers, arrows, path: Path):
+def draw(answers: dict[str, list[dict[int, np.ndarray]]], arrows: np.ndarray, path: Path) -> None:
     """Where it breaks: accuracy by arrows and thoughts of the plain variant, and of each variant by thoughts."""
     figure = Figure(figsize=(12, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
@@ -152,6 +151,7 @@ def draw(answers, arrows, path: Path):
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, float]]]:
+    """Runs what is missing; prints the table and returns its figures, of each seed of each variant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/beyond", help="Folder of the boards; made if it is not there.")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="Default: all.")

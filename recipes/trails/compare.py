@@ -28,7 +28,7 @@ def read_run(folder: str | Path) -> dict:
     return {"name": folder.name, "mode": config["mode"], "steps": state["global_step"], "rows": rows}
 
 
-def show_table(runs: list[dict]):
+def show_table(runs: list[dict]) -> None:
     """At the last stage of each run, in Markdown."""
     print("| run | mode | steps | thoughts | accuracy | 95 % interval | new tokens | samples |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -42,7 +42,7 @@ def show_table(runs: list[dict]):
         )
 
 
-def draw_runs(runs: list[dict], path: str | Path, chance: float):
+def draw_runs(runs: list[dict], path: str | Path, chance: float) -> None:
     """Accuracy over stages, and accuracy against generated tokens at the last stage."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     stage_axes, token_axes = figure.subplots(1, 2)
@@ -82,7 +82,8 @@ def draw_runs(runs: list[dict], path: str | Path, chance: float):
     figure.savefig(path, dpi=150)
 
 
-def main():
+def main() -> None:
+    """Prints the table and draws the picture."""
     parser = argparse.ArgumentParser(description="Compare finished runs.")
     parser.add_argument("runs", nargs="+", help="Output folders of train.py.")
     parser.add_argument("--output", default="out/trails.png", help="Picture to write.")

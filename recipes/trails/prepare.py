@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -134,6 +134,7 @@ def cell_name(row: int, column: int) -> str:
 
 
 def make_question(start: str, num_arrows: int) -> str:
+    """The text of a question, as `recipe_words` of start_model.py knows it."""
     return f"Start at {start} and follow {num_arrows} arrow{'s'[: num_arrows > 1]}. Which colour do you reach?"
 
 
@@ -152,11 +153,12 @@ def make_record(board: Board, split: str, index: int) -> dict:
 def iter_boards(
     split: str, count: int, size: int, max_arrows: int, seed: int, max_asked: int | None = None
 ) -> Iterator[Board]:
+    """The first `count` boards of a split, each drawn for itself."""
     for index in range(count):
         yield make_board(np.random.default_rng((seed, SPLITS.index(split), index)), size, max_arrows, max_asked)
 
 
-def write_split(output_dir: str | Path, split: str, count: int, **board) -> set[bytes]:
+def write_split(output_dir: str | Path, split: str, count: int, **board: Any) -> set[bytes]:
     """Writes `{split}.jsonl` and the pictures in `{split}/`; returns the digests of the pictures."""
     output_dir = Path(output_dir)
     (output_dir / split).mkdir(parents=True, exist_ok=True)
@@ -254,7 +256,8 @@ def _read_settings(output_dir: Path) -> dict | None:
     return settings if isinstance(settings, dict) and settings.get("data_set") == "trails" else None
 
 
-def main():
+def main() -> None:
+    """Makes the data set that the flags describe."""
     parser = argparse.ArgumentParser(
         description="Make the Trails data set (PNG files and JSONL records).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

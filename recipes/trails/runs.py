@@ -34,14 +34,14 @@ class Run:
     flags: Sequence[str]
 
 
-def add_flags(parser: argparse.ArgumentParser, output_dir: str):
+def add_flags(parser: argparse.ArgumentParser, output_dir: str) -> None:
     """What every such command takes beside its own flags."""
     parser.add_argument("--output_dir", type=Path, default=Path(output_dir), help="Folder of all runs.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Seeds (default: 0 1 2).")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Commands at a time (default: the cores).")
 
 
-def run_all(runs: Sequence[Run], jobs: int, description: str):
+def run_all(runs: Sequence[Run], jobs: int, description: str) -> None:
     """
     Runs what is not there yet, `jobs` commands at a time on one core each. A `.log` beside each folder has its output.
     An interruption ends the commands that run.
@@ -114,5 +114,6 @@ def _run(run: Run, live: set[subprocess.Popen]) -> int:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, its columns but the first to the right."""
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

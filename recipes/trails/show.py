@@ -10,12 +10,19 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor
+from multicoco import (
+    IMAGE_PLACEHOLDER,
+    MultiCoCoForConditionalGeneration,
+    MultiCoCoProcessor,
+    load_records,
+    question_text,
+)
 from multicoco.recipes.trails.prepare import CELL_PIXELS
-from multicoco.records import load_records, question_text
 
 
-def answer(model, processor, record: dict, num_thoughts: int) -> list[str]:
+def answer(
+    model: MultiCoCoForConditionalGeneration, processor: MultiCoCoProcessor, record: dict, num_thoughts: int
+) -> list[str]:
     """The new tokens, decoded one by one, without the end of the turn."""
     inputs = processor.apply_chat_template(
         [
@@ -23,7 +30,7 @@ def answer(model, processor, record: dict, num_thoughts: int) -> list[str]:
                 "role": "user",
                 "content": [
                     {"type": "image", "path": record["images"][0]},
-                    {"type": "text", "text": question_text(record).removeprefix("<image>\n")},
+                    {"type": "text", "text": question_text(record).removeprefix(f"{IMAGE_PLACEHOLDER}\n")},
                 ],
             }
         ],
@@ -39,7 +46,9 @@ def answer(model, processor, record: dict, num_thoughts: int) -> list[str]:
 
 
 @torch.no_grad()
-def draw_answers(model, processor, record: dict, path: str | Path):
+def draw_answers(
+    model: MultiCoCoForConditionalGeneration, processor: MultiCoCoProcessor, record: dict, path: str | Path
+) -> None:
     """The board at the left; the question, the written and the latent answer at the right."""
     num_thoughts = model.config.num_thoughts
     written, latent = answer(model, processor, record, 0), answer(model, processor, record, num_thoughts)
@@ -72,7 +81,8 @@ def draw_answers(model, processor, record: dict, path: str | Path):
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
-def main():
+def main() -> None:
+    """Draws the picture."""
     parser = argparse.ArgumentParser(
         description="Draw a board with the written and the latent answer of a trained model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

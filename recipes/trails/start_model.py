@@ -13,20 +13,23 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens
-from multicoco.configuration_multicoco import IMAGE_CONTEXT_TOKEN
-from multicoco.processing_multicoco import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    chat_template,
+from multicoco import (
+    IMAGE_CONTEXT_TOKEN,
+    MultiCoCoConfig,
+    MultiCoCoForConditionalGeneration,
+    MultiCoCoProcessor,
+    add_thought_tokens,
 )
+from multicoco.configuration_multicoco import TURN_END_TOKEN, TURN_START_TOKEN
+from multicoco.processing_multicoco import chat_template
 from multicoco.recipes.trails.prepare import CELL_PIXELS, COLOURS, cell_name
 
 
 SHORT_SYSTEM_MESSAGE = "Follow the arrows."  # InternVL's own would be more than half of the prompt
-PAD_TOKEN, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+PAD_TOKEN = "<|endoftext|>"
 
 # The recipe's phrases, each one token, so that the prompt is short; else an answer with its mark; a word or a run of
 # signs, with a space before it; else a single character. A line break behind a step is a token of its own, so pieces
@@ -65,12 +68,12 @@ def make_tokenizer(size: int, max_arrows: int) -> PreTrainedTokenizerFast:
         [pre_tokenizers.Split(Regex(PIECES), behavior="isolated"), as_bytes]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([PAD_TOKEN, TURN_START, TURN_END])
+    tokenizer.add_special_tokens([PAD_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD_TOKEN,
-        eos_token=TURN_END,
-        additional_special_tokens=[TURN_START],
+        eos_token=TURN_END_TOKEN,
+        additional_special_tokens=[TURN_START_TOKEN],
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
@@ -84,8 +87,8 @@ def make_processor(size: int, max_arrows: int) -> MultiCoCoProcessor:
         crop_to_patches=True,
         min_patches=1,
         max_patches=1,
-        image_mean=IMAGENET_MEAN,
-        image_std=IMAGENET_STD,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
     )
     return MultiCoCoProcessor(
         image_processor,
@@ -151,7 +154,8 @@ def make_start_model(output_dir: str | Path, size: int = 4, max_arrows: int = 5,
     processor.save_pretrained(output_dir)
 
 
-def main():
+def main() -> None:
+    """Makes the checkpoint that the flags describe."""
     parser = argparse.ArgumentParser(
         description="Make the tiny random checkpoint that the Trails recipe starts from.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

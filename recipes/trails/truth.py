@@ -35,7 +35,9 @@ FIGURES = {
 }
 
 
-def trainings(modes, seeds, data, output_dir, settings) -> list[Run]:
+def trainings(
+    modes: Sequence[str], seeds: Sequence[int], data: str, output_dir: Path, settings: Sequence[str]
+) -> list[Run]:
     """One for each mode and seed: the mode's own YAML, on one process."""
     files = ["--train_file", f"{data}/train.jsonl", "--eval_file", f"{data}/val.jsonl"]
     return [
@@ -54,7 +56,7 @@ def trainings(modes, seeds, data, output_dir, settings) -> list[Run]:
     ]
 
 
-def diagnoses(modes, seeds, data, output_dir, samples) -> list[Run]:
+def diagnoses(modes: Sequence[str], seeds: Sequence[int], data: str, output_dir: Path, samples: int) -> list[Run]:
     """One for each training; `coconut` has `pause` beside it."""
     runs = []
     for seed in seeds:
@@ -125,7 +127,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def draw(rows: Sequence[dict[str, Any]], modes: Sequence[str], path: Path):
+def draw(rows: Sequence[dict[str, Any]], modes: Sequence[str], path: Path) -> None:
     """Accuracy of each mode, and what answers follow when thoughts and picture are a donor's; a dot is a seed."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -158,6 +160,7 @@ def _has(rows, mode) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    """Runs what is missing; prints the table and returns what it is made of, a dictionary for each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/trails", help="Folder that prepare.py made (default: data/trails).")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="Modes (default: all).")
