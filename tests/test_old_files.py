@@ -234,7 +234,8 @@ def test_a_stopped_run_goes_on(old):
     assert read("run/settings.json") == expected["settings"]
     assert_same(read("run/results.json"), expected["results"], rel=1e-3)
     assert Path("run/README.md").read_bytes() == readme
-    assert written("run") == [name for name in expected_names("run") if name != f"{stopped}/README.md"]  # not kept
+    # The card that is not kept is not made again: the run has not begun anew.
+    assert written("run") == [name for name in expected_names("run") if name != f"{stopped}/README.md"]
 
 
 def test_settings_files_mean_what_they_meant(old):
