@@ -351,6 +351,35 @@ def test_a_defect_is_one_error_with_id_field_and_cure(folder, row, field, cure):
     assert cure in str(error.value)
 
 
+IN_TURN = [  # what is reported, and what mends it
+    ("`id` is", {"id": "r"}),
+    ("`question` is", {"question": "<|latent|>"}),
+    ("`answer` is", {"answer": "<image>"}),
+    ("`steps` is", {"steps": ["<image>"]}),
+    ("`choices` is", {"choices": ["<image>"]}),
+    ("`answers` is", {"answers": []}),
+    ("`rationales` is", {"rationales": [["up"]]}),
+    ("has both", {"rationales": None}),
+    ("`extra` is", {"extra": {}}),
+    ("`question` contains", {"question": "<image><image>"}),
+    ("`answer` contains", {"answer": "red"}),
+    ("`steps` contains", {"steps": []}),
+    ("`choices` contains", {"choices": []}),
+    ("`images` names", {"images": ["a.png"]}),
+    ("`question` has 2", {"question": "Why?"}),
+]
+
+
+def test_a_record_with_every_defect_is_mended_one_message_after_the_other(folder):
+    row = {"id": True, "question": " ", "answer": 3, "steps": "up", "choices": [1], "answers": "red", "extra": []}
+    row |= {"rationales": ["up"], "images": ["none.png"]}
+    for message, mended in IN_TURN:
+        with pytest.raises(ValueError, match=message):
+            load_records(write(folder, [row]), needs_steps=False)
+        row |= mended
+    assert load_records(write(folder, [row]), needs_steps=False)[0]["id"] == "r"
+
+
 @pytest.mark.parametrize("row", [5, "text", None, ["a"]], ids=["number", "string", "null", "list"])
 def test_a_record_that_is_no_object_is_named(folder, row):
     with pytest.raises(ValueError, match="Record 1: is a .*expected an object"):
