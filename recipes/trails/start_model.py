@@ -13,15 +13,11 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens
-from multicoco.configuration_multicoco import IMAGE_CONTEXT_TOKEN
-from multicoco.processing_multicoco import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    chat_template,
-)
+from multicoco.configuration_multicoco import IMAGE_CONTEXT_TOKEN, chat_template
 from multicoco.recipes.trails.prepare import CELL_PIXELS, COLOURS, cell_name
 
 
@@ -84,8 +80,8 @@ def make_processor(size: int, max_arrows: int) -> MultiCoCoProcessor:
         crop_to_patches=True,
         min_patches=1,
         max_patches=1,
-        image_mean=IMAGENET_MEAN,
-        image_std=IMAGENET_STD,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
     )
     return MultiCoCoProcessor(
         image_processor,
