@@ -55,10 +55,12 @@ release-check: env
 quality: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p .mypy_cache && ln -sfn "$(CURDIR)" .mypy_cache/multicoco
+	MYPYPATH=.mypy_cache $(BIN)/mypy -p multicoco
 
 style: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-clients .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-clients .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -9,14 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from .configuration_multicoco import IMAGE_CONTEXT_TOKEN, MODES, MultiCoCoConfig
+from .configuration_multicoco import (
+    IMAGE_CONTEXT_TOKEN,
+    IMAGE_PLACEHOLDER,
+    MODES,
+    OWN,
+    MultiCoCoConfig,
+    chat_template,
+)
 from .modeling_multicoco import (
     InternVLChatModel,
     MultiCoCoForConditionalGeneration,
     add_thought_tokens,
     export_internvl,
 )
-from .processing_multicoco import IMAGE_PLACEHOLDER, OWN, MultiCoCoProcessor, chat_template
+from .processing_multicoco import MultiCoCoProcessor
 
 
 if TYPE_CHECKING:

@@ -8,24 +8,38 @@ import atexit
 import contextlib
 import importlib
 import inspect
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.utils import httpx  # as it stands there: `import httpx` would be asked of who loads remote code
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import cached_file
 
 
+# What a picture that cannot be fetched raises, none of it an `OSError`. Upstream: `load_image` that raises one.
+DOWNLOAD_ERRORS: tuple[type[Exception], ...] = (httpx.HTTPError, httpx.InvalidURL)
+# What auto classes, and programs that call them, hand to every `from_pretrained`, to a processor's too. Upstream: auto
+# classes that keep to themselves what is theirs.
+LOADER_KWARGS = ["trust_remote_code", "code_revision", "use_fast", "backend", "dtype", "torch_dtype", "device_map"]
+LOADER_KWARGS += ["repo_type", "user_agent", "_from_auto", "_commit_hash"]
+
+
 def world_size() -> int:
+    """The number of processes of this run; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """The number of this process among them; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -58,7 +72,8 @@ def leave_out_shm_kernel() -> None:
     Upstream: a failed build that falls back to gloo.
     """
     importlib.import_module("deepspeed")
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    backend: Any = sys.modules["deepspeed.comm.torch"]
+    backend.build_shm_op = lambda: None
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -71,12 +86,13 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def most_of_all_ranks(count: int, device: torch.device) -> int:
+    """The largest `count` that a rank gives; a small all-reduce that each must join."""
     most = torch.tensor(count, device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return int(most)
 
 
-def gathered(weight: nn.Parameter):
+def gathered(weight: torch.Tensor) -> AbstractContextManager[Any]:
     """
     The whole of a parameter that ZeRO-3 has partitioned; what is written to it on rank 0 reaches all.
 
@@ -84,22 +100,22 @@ def gathered(weight: nn.Parameter):
     """
     if not hasattr(weight, "ds_id"):
         return contextlib.nullcontext()
-    deepspeed = importlib.import_module("deepspeed")  # no `import`: who loads remote code needs each that is written
+    deepspeed: Any = importlib.import_module("deepspeed")  # no `import`: remote code would ask it of everyone
     return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
 
 
 @contextlib.contextmanager
-def settled_rotary(language_model: nn.Module, position_ids: torch.LongTensor | None):
+def settled_rotary(language_model: nn.Module, position_ids: torch.Tensor | None) -> Iterator[None]:
     """
     InternVL3's rotary embedding is of the dynamic kind: each call asks the device for the largest position, to change
     its frequencies beyond `max_position_embeddings`. Within, it is the plain one, so this asks once for all passes.
 
     Upstream: frequencies that are chosen on the host, or by the length of the cache.
     """
-    rotary = language_model.rotary_emb
-    limit = getattr(rotary, "original_max_seq_len", None)
-    is_dynamic = position_ids is not None and getattr(rotary, "rope_type", None) == "dynamic"
-    settled = is_dynamic and rotary.max_seq_len_cached == limit and int(position_ids.max()) < limit
+    rotary: Any = language_model.rotary_emb
+    limit = getattr(rotary, "original_max_seq_len", 0)
+    is_plain = getattr(rotary, "rope_type", None) == "dynamic" and rotary.max_seq_len_cached == limit
+    settled = is_plain and position_ids is not None and int(position_ids.max()) < limit
     if settled:
         rotary.rope_type = "default"
     try:
@@ -115,19 +131,20 @@ def is_reentrant(layer: nn.Module) -> bool:
 
     Upstream: a property of the model that says how it is checkpointed.
     """
-    function = inspect.unwrap(layer._gradient_checkpointing_func)  # LlamaFactory wraps it
+    checkpointing: Any = layer._gradient_checkpointing_func
+    function = inspect.unwrap(checkpointing)  # LlamaFactory wraps it
     return getattr(function, "keywords", {}).get("use_reentrant") is not False
 
 
 @contextlib.contextmanager
-def checkpointed_with_cache(layers: Sequence[nn.Module]):
+def checkpointed_with_cache(layers: nn.ModuleList) -> Iterator[None]:
     """
     Inside, checkpointed layers keep the cache that they are given; else they drop it, with one warning. The flag is
     read in the forward only, and a `PassCache` is safe to replay.
 
     Upstream: the flag as a property of the cache, which is what knows whether it can be replayed.
     """
-    checkpointed = [layer for layer in layers if layer.gradient_checkpointing and layer.training]
+    checkpointed: list[Any] = [layer for layer in layers if layer.gradient_checkpointing and layer.training]
     for layer in checkpointed:
         layer._can_checkpoint_with_cache = True
     try:
@@ -146,8 +163,30 @@ def attention_of(config: PreTrainedConfig) -> str:
     return config._attn_implementation
 
 
+@contextlib.contextmanager
+def saved_as_registered(model: PreTrainedModel, save_directory: str | os.PathLike[str]) -> Iterator[type]:
+    """
+    The class by which a saved model is loaded again: its own, or for one that a library makes of ours (FSDP2) or a
+    user in his program, the nearest that was registered for an auto class. Inside, `save_pretrained` copies its files.
+
+    Upstream: `save_pretrained` that looks for the registered class along the bases.
+    """
+    model_class = type(model)
+    known = next(base for base in model_class.__mro__ if "_auto_class" in vars(base))
+    if known is model_class:
+        yield known
+        return
+    os.makedirs(save_directory, exist_ok=True)
+    custom_object_save(known, save_directory)
+    model_class._auto_class = None  # so that the file of this class is not copied
+    try:
+        yield known
+    finally:
+        del model_class._auto_class
+
+
 def optional_file(
-    name_or_path: str | os.PathLike, filename: str, *, needs_hub: bool = True, **hub_kwargs: Any
+    name_or_path: str | os.PathLike[str], filename: str, *, needs_hub: bool = True, **hub_kwargs: Any
 ) -> str | None:
     """
     The path of a file of a checkpoint, in a folder or from the Hub; `None` if there is no such file, and without
@@ -163,6 +202,21 @@ def optional_file(
         _raise_exceptions_for_gated_repo=needs_hub,
         **hub_kwargs,
     )
+
+
+def read_text(name_or_path: str | os.PathLike[str], filename: str, **hub_kwargs: Any) -> str | None:
+    """The text of a file of a checkpoint; `None` if there is no such file."""
+    path = optional_file(name_or_path, filename, **hub_kwargs)
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def read_json(name_or_path: str | os.PathLike[str], filename: str, **hub_kwargs: Any) -> dict[str, Any]:
+    """The content of a JSON file of a checkpoint; empty if there is no such file."""
+    content: dict[str, Any] = json.loads(read_text(name_or_path, filename, **hub_kwargs) or "{}")
+    return content
 
 
 def flags_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

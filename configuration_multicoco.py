@@ -2,20 +2,24 @@
 
 Three kinds of `config.json` end up as one `MultiCoCoConfig`: our own, transformers' (`model_type: internvl`, as in
 `OpenGVLab/InternVL3-1B-hf`) and the original program's (`model_type: internvl_chat`, as in `OpenGVLab/InternVL3-1B`,
-whose remote code is never run). This file knows no tensors.
+whose remote code is never run). Then the chat template, which every file of a checkpoint must agree about with the
+configuration. This file knows no tensors, no images and no tokenizer.
 """
 
 import json
-from typing import Any
+import os
+import re
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeGuard
 
-from transformers import CONFIG_MAPPING, InternVLConfig
+from transformers import CONFIG_MAPPING, InternVLConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from .compat import optional_file
+from .compat import read_json, read_text
 
 
 logger = logging.get_logger(__name__)
 
+IMAGE_PLACEHOLDER = "<image>"  # one per image, in the text of a user
 IMAGE_CONTEXT_TOKEN = "<IMG_CONTEXT>"  # one per visual feature: the embedding there is overwritten
 IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<img>", "</img>"
 START_LATENT_TOKEN, LATENT_TOKEN, END_LATENT_TOKEN = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
@@ -45,6 +49,14 @@ ORIGINAL_TEXT_MODELS = {
     "LlamaForCausalLM": "llama",
     "InternLM3ForCausalLM": "internlm3",
 }
+
+# The system message of InternVL's `internvl2_5` prompts, which InternVL2.5 and InternVL3 were trained on.
+SYSTEM_MESSAGE = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+# Default of every `num_thoughts` that may be left out: the checkpoint's own number. `None` always means no block.
+OWN: Final = "own"  # a string: remote code imports this file again, and an object would not be the same one
+NumThoughts = int | Literal["own"] | None
 
 HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
 
@@ -103,14 +115,18 @@ class MultiCoCoConfig(InternVLConfig):
     mode: str = "coconut"
     system_message: str | None = None
 
-    def __post_init__(self, **kwargs):
+    if TYPE_CHECKING:  # a dictionary or `None` only until the object is made
+        text_config: PreTrainedConfig
+        vision_config: PreTrainedConfig
+
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.thought_feedback in STATE_FEEDBACKS:  # files of version 0.1 name a control by its mode only
             self.thought_feedback = feedback_of(self.mode, self.thought_feedback)
         self._check_thoughts()
         self._check_vision()
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """
         [`~transformers.PreTrainedConfig.save_pretrained`].
 
@@ -146,7 +162,7 @@ class MultiCoCoConfig(InternVLConfig):
         self._check_thoughts()
 
     @property
-    def llm_config(self):
+    def llm_config(self) -> PreTrainedConfig:
         """The original's name of `text_config`."""
         return self.text_config
 
@@ -156,7 +172,7 @@ class MultiCoCoConfig(InternVLConfig):
         vision = self.vision_config
         return int((vision.image_size[0] // vision.patch_size[0]) ** 2 * self.downsample_ratio**2)
 
-    def _check_thoughts(self):
+    def _check_thoughts(self) -> None:
         ids = {name: getattr(self, name) for name in ("start_latent_id", "latent_token_id", "end_latent_id")}
         given = [value for value in ids.values() if value is not None]
         if len(given) not in (0, 3) or len(set(given)) != len(given):
@@ -166,7 +182,7 @@ class MultiCoCoConfig(InternVLConfig):
             )
         vocab_size = self.text_config.vocab_size
         for name, value in ids.items():
-            if value is not None and not (_is_int(value) and 0 <= value < vocab_size):
+            if value is not None and not (is_int(value) and 0 <= value < vocab_size):
                 raise ValueError(
                     f"`{name}` must be an id within the vocabulary of {vocab_size} tokens, got {value!r}. Let "
                     "`add_thought_tokens(model, tokenizer)` add the token and resize the embeddings."
@@ -175,7 +191,7 @@ class MultiCoCoConfig(InternVLConfig):
             value = getattr(self, name)
             if value is None and name == "num_thoughts":
                 continue
-            if not _is_int(value) or value < least:
+            if not is_int(value) or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
         if self.mode not in MODES:
             raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {self.mode!r}.")
@@ -185,7 +201,7 @@ class MultiCoCoConfig(InternVLConfig):
                 "checkpoint may come from a newer multicoco: upgrade it."
             )
 
-    def _check_vision(self):
+    def _check_vision(self) -> None:
         vision = self.vision_config
         (height, width), (patch_height, patch_width) = vision.image_size, vision.patch_size
         side = width // patch_width
@@ -207,8 +223,15 @@ class MultiCoCoConfig(InternVLConfig):
             self.image_seq_length = self.num_image_token
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads any of the three formats; see [`~transformers.PreTrainedConfig.get_config_dict`]."""
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """
+        Reads any of the three formats; see [`~transformers.PreTrainedConfig.get_config_dict`].
+
+        Raises:
+            ValueError: the folder holds another kind of model, or none that [`translate_internvl_chat`] can read.
+        """
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config.get("model_type")
@@ -234,7 +257,8 @@ def feedback_of(mode: str, thought_feedback: str) -> str:
     return thought_feedback if thought_feedback in STATE_FEEDBACKS else "identity"
 
 
-def _is_int(value) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer and no `bool`, which Python counts among them."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -275,8 +299,8 @@ def translate_internvl_chat(original: dict[str, Any], image_token_id: int) -> di
     for name in ("auto_map", "architectures", "moe_config", "use_bfloat16", "torch_dtype", "attn_implementation"):
         llm.pop(name, None)
     llm.pop("use_cache", None)  # off in the original's files for its training, not a property of the model
-    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "patch_size")
-    same += ("num_channels", "norm_type", "layer_norm_eps", "attention_dropout", "initializer_range")
+    same = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "patch_size"]
+    same += ["num_channels", "norm_type", "layer_norm_eps", "attention_dropout", "initializer_range"]
     image_size = original.get("force_image_size") or vision["image_size"]
     side = image_size // vision["patch_size"]
     downsample_ratio = original.get("downsample_ratio", 0.5)
@@ -304,18 +328,15 @@ def translate_internvl_chat(original: dict[str, Any], image_token_id: int) -> di
     }
 
 
-def _image_token_id(name_or_path: str, hub_kwargs: dict[str, Any]) -> int:
+def _image_token_id(name_or_path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -> int:
     """The id of `<IMG_CONTEXT>` from the JSON files of the tokenizer beside a `config.json` that does not hold it."""
     for filename in ("tokenizer_config.json", "added_tokens.json"):
-        path = optional_file(name_or_path, filename, **hub_kwargs)
-        if path is None:
-            continue
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        content = read_json(name_or_path, filename, **hub_kwargs)
         decoder = content.get("added_tokens_decoder", {})
         ids = {token["content"]: int(token_id) for token_id, token in decoder.items()} or content
-        if isinstance(ids.get(IMAGE_CONTEXT_TOKEN), int):
-            return ids[IMAGE_CONTEXT_TOKEN]
+        token_id = ids.get(IMAGE_CONTEXT_TOKEN)
+        if isinstance(token_id, int):
+            return token_id
     raise ValueError(
         f"`image_token_id`: no {IMAGE_CONTEXT_TOKEN} in tokenizer_config.json or added_tokens.json of {name_or_path}. "
         "An original InternVL checkpoint needs its tokenizer files beside config.json."
@@ -323,3 +344,163 @@ def _image_token_id(name_or_path: str, hub_kwargs: dict[str, Any]) -> int:
 
 
 MultiCoCoConfig.register_for_auto_class()
+
+
+# The chat template, from its pieces. A block of thoughts is written where the assistant is about to speak, and at the
+# start of a last message of the assistant, so that it is part of every prefix of a conversation that ends there.
+_SYSTEM_START, _SYSTEM_END = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n{{ system_message | default(",
+    ", true) }}<|im_end|>\n{% endif %}",
+)
+_ROLE = "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+_CONTENT = (
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}" + IMAGE_PLACEHOLDER + "\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n"
+)
+_PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n"
+_NUMBER_START = f"{{%- set budget = num_thoughts if num_thoughts is defined and num_thoughts != '{OWN}' else "
+_NUMBER_END = (
+    " -%}\n{%- set block = '' -%}\n{%- if budget is not none -%}\n"
+    "{%- if budget is not integer or budget < 0 -%}\n"
+    "{{ raise_exception('`num_thoughts` must be an integer of at least 0, got ' ~ budget ~ '. Pass 0 for a block "
+    "without thoughts, or none for no block at all.') }}\n{%- endif -%}\n"
+    f"{{%- set block = '{START_LATENT_TOKEN}' ~ '{LATENT_TOKEN}' * budget ~ '{END_LATENT_TOKEN}' -%}}\n"
+    "{%- endif -%}\n"
+)
+# Where a template, also one that was edited, has the number; `budget` is its name in all that are saved.
+_TEMPLATE_NUMBER = re.compile(r"(set\s+budget\s*=\s*num_thoughts\s+if\s[^%]*?\selse\s+)(none|[0-9]+)")
+_BLOCK = "{{ block }}"
+_LAST_BLOCK = "{% if loop.last and not add_generation_prompt %}" + _BLOCK + "{% endif %}"
+
+
+def thought_block(num_thoughts: int) -> str:
+    """
+    The text of a block of `num_thoughts` continuous thoughts. With 0 the two markers remain, as in Coconut's stage 0.
+
+    Raises:
+        ValueError: `num_thoughts` is negative or not an integer.
+    """
+    if not is_int(num_thoughts) or num_thoughts < 0:
+        raise ValueError(
+            f"`num_thoughts` must be an integer of at least 0, got {num_thoughts!r}. Pass 0 for a block without "
+            "thoughts, or None for no block at all."
+        )
+    return START_LATENT_TOKEN + LATENT_TOKEN * num_thoughts + END_LATENT_TOKEN
+
+
+def _jinja(num_thoughts: NumThoughts) -> str:
+    return "none" if num_thoughts is None else str(num_thoughts)
+
+
+def chat_template(system_message: str | None = None, num_thoughts: int | None = None) -> str:
+    """
+    InternVL's `internvl2_5` prompts with a block of thoughts at the start of the turn that the assistant has last.
+
+    The template's variable `num_thoughts` is the number of thoughts, `none` for no block. Messages of the assistant
+    stand in `generation` tags, the block in front of them.
+
+    Args:
+        system_message (`str`, *optional*): For conversations that bring none; `None` leaves InternVL's.
+        num_thoughts (`int`, *optional*): What the variable is where it is not given.
+
+    Raises:
+        ValueError: `num_thoughts` is negative or not an integer.
+    """
+    if num_thoughts is not None:
+        thought_block(num_thoughts)  # checks the number
+    message = SYSTEM_MESSAGE if system_message is None else system_message
+    return (
+        f"{_NUMBER_START}{_jinja(num_thoughts)}{_NUMBER_END}"
+        + f"{_SYSTEM_START}{json.dumps(message, ensure_ascii=False)}{_SYSTEM_END}{_ROLE}"
+        + "{% if message['role'] == 'assistant' %}"
+        + f"{_LAST_BLOCK}{{% generation %}}{_CONTENT}{{% endgeneration %}}{{% else %}}{_CONTENT}{{% endif %}}"
+        + f"{{% endfor %}}{_PROMPT}{_BLOCK}{{% endif %}}"
+    )
+
+
+CHAT_TEMPLATE = chat_template()
+
+
+def plain_chat_template(template: Any) -> Any:
+    """
+    A template (`str`), or several by name (`dict[str, str]`), without the code that writes thoughts: for a model that
+    has none.
+
+    Raises:
+        ValueError: the template writes thoughts by code of its own.
+    """
+    if not isinstance(template, str):
+        return template and {name: plain_chat_template(text) for name, text in template.items()}
+    for code in (f"{_NUMBER_START}{_jinja(read_number(template))}{_NUMBER_END}", _LAST_BLOCK, _BLOCK):
+        template = template.replace(code, "")
+    if START_LATENT_TOKEN in template or LATENT_TOKEN in template:
+        raise ValueError(
+            f"`chat_template` writes {LATENT_TOKEN} by code of its own, which cannot be taken out of it. Give the "
+            "processor a template without thoughts, such as `chat_template()`, and export again."
+        )
+    return template
+
+
+def read_number(template: str | dict[str, str] | None) -> NumThoughts:
+    """The number that a template writes where none is given; [`OWN`] if it has no such default."""
+    if isinstance(template, dict):
+        template = template.get("default")
+    found = _TEMPLATE_NUMBER.search(template or "")
+    return OWN if found is None else None if found[2] == "none" else int(found[2])
+
+
+def write_number(template: Any, num_thoughts: int | None) -> Any:
+    """The template, or several by name, with another default; one that has none stays as it is."""
+    if isinstance(template, dict):
+        return {name: write_number(text, num_thoughts) for name, text in template.items()}
+    return template and _TEMPLATE_NUMBER.sub(rf"\g<1>{_jinja(num_thoughts)}", template, count=1)
+
+
+def upgraded_template(template: Any) -> Any:
+    """A template of multicoco 0.1.0, which left the block to the processor, as today's with its system message."""
+    end = f"{_SYSTEM_END}{_ROLE}{_CONTENT}{{% endfor %}}{_PROMPT}{{% endif %}}"
+    if isinstance(template, str) and template.startswith(_SYSTEM_START) and template.endswith(end):
+        return chat_template(json.loads(template[len(_SYSTEM_START) : -len(end)]))
+    return template
+
+
+def check_saved_num_thoughts(
+    name_or_path: str | os.PathLike[str], num_thoughts: NumThoughts = OWN, **hub_kwargs: Any
+) -> None:
+    """
+    Compares the numbers of thoughts that the files of a checkpoint hold: `config.json`, `processor_config.json` and
+    the chat template. A file that is not there says nothing.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): Folder or Hub name.
+        num_thoughts (`int`, *optional*): The configuration's number, if it was read already.
+        hub_kwargs: Arguments for [`~transformers.utils.cached_file`], such as `revision`.
+
+    Raises:
+        ValueError: they differ, so that prompts would carry other thoughts than the model was trained with.
+    """
+    found: dict[str, int | None] = {}
+    if num_thoughts == OWN:
+        config = read_json(name_or_path, "config.json", **hub_kwargs)
+        if config.get("model_type") == MultiCoCoConfig.model_type:
+            num_thoughts = config.get("num_thoughts")  # the file leaves out what is None
+    if num_thoughts != OWN:
+        found["config.json"] = num_thoughts
+    processor = read_json(name_or_path, "processor_config.json", **hub_kwargs)
+    if "num_thoughts" in processor:
+        found["processor_config.json"] = processor["num_thoughts"]
+    template = read_text(name_or_path, "chat_template.jinja", **hub_kwargs)
+    template = template or read_json(name_or_path, "tokenizer_config.json", **hub_kwargs).get("chat_template")
+    baked = read_number(template if isinstance(template, str) else None)
+    if baked != OWN:
+        found["the chat template"] = baked
+    if len(set(found.values())) > 1:
+        numbers = ", ".join(f"{number} in {place}" for place, number in found.items())
+        raise ValueError(
+            f"`num_thoughts` of {name_or_path} is {numbers}, expected one number: prompts would carry other thoughts "
+            "than the model was trained with. If the configuration is right, run "
+            f'`MultiCoCoProcessor.from_pretrained("{name_or_path}", num_thoughts={found.get("config.json", "N")})'
+            f'.save_pretrained("{name_or_path}")`. If the processor is (as after adapters that were merged by hand), '
+            "load the model with its number, `from_pretrained(..., num_thoughts=...)`, and save it."
+        )

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .configuration_multicoco import IMAGE_CONTEXT_TOKEN, LATENT_TOKEN, TURN_END_TOKEN
+from .configuration_multicoco import IMAGE_CONTEXT_TOKEN, LATENT_TOKEN, TURN_END_TOKEN, thought_block
 from .curriculum import ANSWER_MARK, CurriculumArguments, compose, draw_rationale, draw_stage
-from .processing_multicoco import MultiCoCoProcessor, expand_image_tokens, open_image, thought_block
+from .processing_multicoco import MultiCoCoProcessor, expand_image_tokens, open_image
 from .records import DatasetImage, list_defects, question_text
 
 

@@ -9,8 +9,9 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary, N tiles, P visual tokens
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import nn
@@ -18,32 +19,32 @@ from transformers import GenerationConfig, InternVLForConditionalGeneration, Int
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast, InternVLModelOutputWithPast
 from transformers.utils import is_flash_attn_2_available, logging
 from transformers.utils.generic import can_return_tuple
 
-from .compat import is_sharded, world_size
+from .compat import is_sharded, saved_as_registered, world_size
 from .configuration_multicoco import (
+    CHAT_TEMPLATE,
     HUB_KWARGS,
     IMAGE_CONTEXT_TOKEN,
     IMAGE_END_TOKEN,
-    IMAGE_START_TOKEN,
-    TURN_END_TOKEN,
-    MultiCoCoConfig,
-)
-from .processing_multicoco import (
-    CHAT_TEMPLATE,
     IMAGE_PLACEHOLDER,
+    IMAGE_START_TOKEN,
     OWN,
     SYSTEM_MESSAGE,
+    TURN_END_TOKEN,
+    MultiCoCoConfig,
+    NumThoughts,
     check_saved_num_thoughts,
-    expand_image_tokens,
+    is_int,
 )
+from .processing_multicoco import expand_image_tokens
 
 
 logger = logging.get_logger(__name__)
 
+Forward = TypeVar("Forward", bound=Callable[..., Any])
 # What `forward` of the original program takes by position.
 ORIGINAL_ORDER = (
     "pixel_values",
@@ -56,14 +57,14 @@ ORIGINAL_ORDER = (
 )
 
 
-def takes_original_order(forward):
+def takes_original_order(forward: Forward) -> Forward:
     """
     Lets a `forward` whose first argument is `input_ids` be called by position as the original program's too: there
     `pixel_values` comes first. Ids are integers and pixels are not, so the two cannot be confused.
     """
 
     @functools.wraps(forward)
-    def wrapper(self, *args, **kwargs):
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         is_pixels = [isinstance(value, torch.Tensor) and value.is_floating_point() for value in args[:2]]
         is_ids = [isinstance(value, torch.Tensor) and not value.is_floating_point() for value in args[:2]]
         if any(is_pixels[:1]) or any(is_ids[1:]):
@@ -71,10 +72,10 @@ def takes_original_order(forward):
             args = ()
         return forward(self, *args, **kwargs)
 
-    return wrapper
+    return cast(Forward, wrapper)
 
 
-def as_counts(num_patches_list) -> list[int] | None:
+def as_counts(num_patches_list: Any) -> list[int] | None:
     """
     Tiles of each image of a batch as one list, from a list, a tensor, or either nested by sample (as transformers'
     pipeline makes it, which fills the rows of a tensor up with zeros).
@@ -86,12 +87,12 @@ def as_counts(num_patches_list) -> list[int] | None:
     if num_patches_list is None or not any(isinstance(item, (list, tuple, torch.Tensor)) for item in num_patches_list):
         return None if num_patches_list is None else [*num_patches_list]
     rows = [as_counts(row) if isinstance(row, (list, tuple, torch.Tensor)) else [row] for row in num_patches_list]
-    return [count for row in rows for count in row]
+    return [count for row in rows for count in row or ()]
 
 
-def check_image_tokens(
-    image_mask: torch.BoolTensor, num_tiles: int, num_image_token: int, num_patches_list: Sequence[int] | None
-):
+def _check_image_tokens(
+    image_mask: torch.Tensor, num_tiles: int, num_image_token: int, num_patches_list: Sequence[int] | None
+) -> None:
     """
     Checks that every sample has exactly the visual tokens that its tiles will fill, before anything is computed.
 
@@ -158,7 +159,14 @@ def check_image_tokens(
         )
 
 
-def check_shapes(tokens, has_past: bool, attention_mask, labels, latent_mask):
+def check_shapes(
+    tokens: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    latent_mask: torch.Tensor | None = None,
+    *,
+    has_past: bool = False,
+) -> None:
     """
     Checks that what goes with the tokens `(B, T)` has their shape; a wrong one could broadcast in silence.
 
@@ -181,11 +189,14 @@ def check_shapes(tokens, has_past: bool, attention_mask, labels, latent_mask):
             )
 
 
-def is_2d(attention_mask) -> bool:
+def is_2d(attention_mask: object) -> TypeGuard[torch.Tensor]:
+    """Whether a mask is one number for each token, not one for each pair, and none by kind of layer."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
 
 
-def count_positions(position_ids, attention_mask, length: int):
+def count_positions(
+    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, length: int
+) -> torch.Tensor | None:
     """Positions that count the real tokens of each row; the language model's own default ignores the mask."""
     if position_ids is None and is_2d(attention_mask):
         position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
@@ -195,16 +206,16 @@ def count_positions(position_ids, attention_mask, length: int):
 class InternVLChatBackbone(InternVLModel):
     """The native backbone, which also takes dummy tiles and the tiles of each image, and checks them."""
 
-    config_class = MultiCoCoConfig
+    config: MultiCoCoConfig
 
     def fuse(
         self,
-        input_ids: torch.LongTensor,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         tiles: Sequence[int] | None = None,
-        mm_encoder_outputs: dict | None = None,
-        **vision_kwargs,
-    ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **vision_kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Token embeddings with visual features at the `<IMG_CONTEXT>` positions: InternVL's whole fusion.
 
@@ -239,9 +250,15 @@ class InternVLChatBackbone(InternVLModel):
             )
         return inputs_embeds.masked_scatter(image_mask, features), features
 
-    def place_images(self, input_ids, pixel_values, image_flags=None, num_patches_list=None):
+    def place_images(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        image_flags: torch.Tensor | None = None,
+        num_patches_list: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor | None, list[int] | None]:
         """
-        Tiles and the indices of those that are placed (`None`: all), after [`check_image_tokens`]. A rank without
+        Tiles and the indices of those that are placed (`None`: all), after [`_check_image_tokens`]. A rank without
         images gets a blank tile that is encoded and not placed, so that it calls the tower like the others.
 
         Raises:
@@ -271,32 +288,33 @@ class InternVLChatBackbone(InternVLModel):
                 tiles = [index for index, flag in enumerate(flags) if flag]
                 num_tiles = len(tiles)
         image_mask = (input_ids == self.config.image_token_id).cpu()
-        check_image_tokens(image_mask, num_tiles, self.config.num_image_token, as_counts(num_patches_list))
+        _check_image_tokens(image_mask, num_tiles, self.config.num_image_token, as_counts(num_patches_list))
         return pixel_values, tiles
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-        mm_encoder_outputs: dict | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         image_flags: torch.Tensor | None = None,
         num_patches_list: Sequence[int] | None = None,
-        **kwargs,
-    ) -> tuple | InternVLModelOutputWithPast:
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | InternVLModelOutputWithPast:
         """[`~transformers.InternVLModel.forward`]; arguments and errors as in [`InternVLChatModel.forward`]."""
+        embeds: Any = inputs_embeds
         features = None
         if input_ids is not None:
             tiles = None
             if (past_key_values is None or input_ids.shape[1] > 1) and mm_encoder_outputs is None:
                 pixel_values, tiles = self.place_images(input_ids, pixel_values, image_flags, num_patches_list)
-            inputs_embeds, features = self.fuse(
+            embeds, features = self.fuse(
                 input_ids,
                 pixel_values,
                 tiles,
@@ -306,9 +324,9 @@ class InternVLChatBackbone(InternVLModel):
             )
         outputs = super().forward(
             attention_mask=attention_mask,
-            position_ids=count_positions(position_ids, attention_mask, inputs_embeds.shape[1]),
+            position_ids=count_positions(position_ids, attention_mask, embeds.shape[1]),
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             return_dict=True,
             **kwargs,
         )
@@ -324,10 +342,11 @@ class InternVLChatModel(InternVLForConditionalGeneration):
     the `<IMG_CONTEXT>` positions sample after sample.
     """
 
-    config_class = MultiCoCoConfig
-    backbone_class = InternVLChatBackbone
+    config: MultiCoCoConfig
+    backbone_class: type[InternVLChatBackbone] = InternVLChatBackbone
+    model: InternVLChatBackbone
 
-    def __init__(self, config: MultiCoCoConfig):
+    def __init__(self, config: MultiCoCoConfig) -> None:
         super(InternVLForConditionalGeneration, self).__init__(config)  # the native one would make its own backbone
         self.model = self.backbone_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -336,12 +355,12 @@ class InternVLChatModel(InternVLForConditionalGeneration):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path,
-        *model_args,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *model_args: Any,
         use_flash_attn: bool = False,
         load_in_8bit: bool = False,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """
         Loads a checkpoint of our own, of transformers (`-hf`) or of the original program, from a folder or the Hub.
         Names and configuration are translated; no remote code is run. See [`~transformers.PreTrainedModel`].
@@ -381,30 +400,22 @@ class InternVLChatModel(InternVLForConditionalGeneration):
             )
         return loaded
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Saves native parameter names and the code files, so that every auto class loads the folder."""
         kwargs.setdefault("save_original_format", False)
-        # Of a class that a library makes of ours (FSDP2), or a user in his program, the file could not be loaded.
-        known = next(cls for cls in type(self).__mro__ if "_auto_class" in vars(cls))
-        if known is not type(self):
-            os.makedirs(save_directory, exist_ok=True)
-            custom_object_save(known, save_directory)
-            type(self)._auto_class = None  # so that the file of this class is not copied
-        reference = f"{known.__module__.rsplit('.', 1)[-1]}.{known.__name__}"
-        self.config.auto_map = {
-            **(getattr(self.config, "auto_map", None) or {}),
-            "AutoConfig": "configuration_multicoco.MultiCoCoConfig",
-            "AutoProcessor": "processing_multicoco.MultiCoCoProcessor",
-            **dict.fromkeys(("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"), reference),
-        }
-        try:
+        with saved_as_registered(self, save_directory) as known:
+            reference = f"{known.__module__.rsplit('.', 1)[-1]}.{known.__name__}"
+            self.config.auto_map = {
+                **(getattr(self.config, "auto_map", None) or {}),
+                "AutoConfig": "configuration_multicoco.MultiCoCoConfig",
+                "AutoProcessor": "processing_multicoco.MultiCoCoProcessor",
+                **dict.fromkeys(("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"), reference),
+            }
             super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            if known is not type(self):
-                del type(self)._auto_class
 
     @property
     def num_image_token(self) -> int:
+        """Visual tokens that one tile becomes."""
         return self.config.num_image_token
 
     @property
@@ -413,8 +424,8 @@ class InternVLChatModel(InternVLForConditionalGeneration):
         return self.config.image_token_id
 
     @img_context_token_id.setter
-    def img_context_token_id(self, token_id: int):
-        if isinstance(token_id, bool) or not isinstance(token_id, int):
+    def img_context_token_id(self, token_id: int) -> None:
+        if not is_int(token_id):
             raise ValueError(
                 f"`img_context_token_id` is {token_id!r}, expected an id. Give "
                 f"`tokenizer.convert_tokens_to_ids({IMAGE_CONTEXT_TOKEN!r})`."
@@ -428,45 +439,46 @@ class InternVLChatModel(InternVLForConditionalGeneration):
         return assigned if assigned is not None else self.config.system_message or SYSTEM_MESSAGE
 
     @system_message.setter
-    def system_message(self, message: str):
+    def system_message(self, message: str) -> None:
         self._system_message = message
 
     @property
     def template(self) -> str:
+        """The original's name of the prompts, of which the InternVL2.5 and InternVL3 families have one kind."""
         return "internvl2_5"
 
     @property
     def conv_template(self) -> SimpleNamespace:
         """Of the original's conversation template what its clients read: the end of a turn, the system message."""
-        return SimpleNamespace(sep="<|im_end|>\n", system_message=self.system_message)
+        return SimpleNamespace(sep=f"{TURN_END_TOKEN}\n", system_message=self.system_message)
 
-    def extract_feature(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
+    def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Visual tokens `(N, P, D)` of tiles `(N, 3, height, width)`, in the language model's width."""
         return self.get_image_features(pixel_values, return_dict=True).pooler_output
 
-    def fuse(self, input_ids: torch.LongTensor, pixel_values: torch.FloatTensor | None = None, **kwargs):
+    def fuse(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         """Token embeddings `(B, T, D)` with visual features in their places; see [`InternVLChatBackbone.fuse`]."""
         return self.model.fuse(input_ids, pixel_values, **kwargs)[0]
 
     @takes_original_order
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_sizes: torch.Tensor | None = None,
-        mm_encoder_outputs: dict | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         image_flags: torch.Tensor | None = None,
         num_patches_list: Sequence[int] | None = None,
-        **kwargs,
-    ) -> tuple | InternVLCausalLMOutputWithPast:
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | InternVLCausalLMOutputWithPast:
         r"""
         [`~transformers.InternVLForConditionalGeneration.forward`] with InternVL's own arguments. By position it takes
         transformers' order, or that of the original program, which begins with `pixel_values`.
@@ -500,16 +512,16 @@ class InternVLChatModel(InternVLForConditionalGeneration):
         )
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]  # the base's own arguments by keyword only
         self,
-        inputs: torch.LongTensor | None = None,
+        inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
-        pixel_values: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         image_flags: torch.Tensor | None = None,
         num_patches_list: Sequence[int] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """
         [`~transformers.GenerationMixin.generate`], after the same checks of tiles and tokens as in `forward`. Returns
         the prompt and the new tokens, as transformers does.
@@ -517,20 +529,20 @@ class InternVLChatModel(InternVLForConditionalGeneration):
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None and kwargs.get("mm_encoder_outputs") is None:
             pixel_values, tiles = self.model.place_images(input_ids, pixel_values, image_flags, num_patches_list)
-            if tiles is not None:
+            if pixel_values is not None and tiles is not None:
                 if not tiles:
                     self.extract_feature(pixel_values)  # only so that all ranks call the vision tower equally often
                 pixel_values = pixel_values[torch.tensor(tiles, dtype=torch.long)] if tiles else None
         if pixel_values is not None:
             kwargs["pixel_values"] = pixel_values
-        return super().generate(inputs, generation_config, **kwargs)
+        return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]  # its own kind of `self`
 
     def chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        pixel_values: torch.FloatTensor | None,
+        pixel_values: torch.Tensor | None,
         question: str,
-        generation_config: GenerationConfig | dict | None = None,
+        generation_config: GenerationConfig | dict[str, Any] | None = None,
         history: list[tuple[str, str]] | None = None,
         return_history: bool = False,
         num_patches_list: Sequence[int] | None = None,
@@ -539,8 +551,8 @@ class InternVLChatModel(InternVLForConditionalGeneration):
         IMG_CONTEXT_TOKEN: str = IMAGE_CONTEXT_TOKEN,
         verbose: bool = False,
         *,
-        num_thoughts: int | str | None = OWN,
-    ):
+        num_thoughts: NumThoughts = OWN,
+    ) -> str | tuple[str, list[tuple[str, str]]]:
         r"""
         One turn of a conversation, as in the original program.
 
@@ -575,7 +587,8 @@ class InternVLChatModel(InternVLForConditionalGeneration):
             messages.append({"role": "assistant", "content": past_answer})
         messages.append({"role": "user", "content": question})
         image_tokens = (IMG_START_TOKEN, IMG_CONTEXT_TOKEN, IMG_END_TOKEN)
-        prompts = self._chat_prompts(tokenizer, [messages], as_counts(num_patches_list), image_tokens, num_thoughts)
+        counts = as_counts(num_patches_list) or []
+        prompts = self._chat_prompts(tokenizer, [messages], counts, image_tokens, num_thoughts)
         response = self._answer(tokenizer, prompts, pixel_values, num_patches_list, generation_config)[0]
         if verbose:
             logger.warning(f"{question}\n{response}")  # a level that is seen: the caller asked for it
@@ -585,9 +598,9 @@ class InternVLChatModel(InternVLForConditionalGeneration):
     def batch_chat(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        pixel_values: torch.FloatTensor | None,
+        pixel_values: torch.Tensor | None,
         questions: list[str],
-        generation_config: GenerationConfig | dict | None = None,
+        generation_config: GenerationConfig | dict[str, Any] | None = None,
         num_patches_list: Sequence[int] | None = None,
         history: None = None,
         return_history: bool = False,
@@ -597,7 +610,7 @@ class InternVLChatModel(InternVLForConditionalGeneration):
         verbose: bool = False,
         image_counts: Sequence[int] | None = None,
         *,
-        num_thoughts: int | str | None = OWN,
+        num_thoughts: NumThoughts = OWN,
     ) -> list[str]:
         """
         Answers of a batch of questions; see [`~InternVLChatModel.chat`]. With `pixel_values`, a question without
@@ -627,7 +640,20 @@ class InternVLChatModel(InternVLForConditionalGeneration):
             )
         return answers
 
-    def _chat_prompts(self, tokenizer, conversations, num_patches_list, image_tokens, num_thoughts) -> list[str]:
+    def _chat_prompts(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        conversations: list[list[dict[str, str]]],
+        num_patches_list: list[int],
+        image_tokens: tuple[str, str, str],
+        num_thoughts: NumThoughts,
+    ) -> list[str]:
+        """
+        The texts of conversations with their image runs, each written as the three `image_tokens`, and their block.
+
+        By the constant template: the tokenizer may be the original's, whose template is another, and the system
+        message is the model's own, which can be assigned.
+        """
         image_token_id = tokenizer.convert_tokens_to_ids(image_tokens[1])
         if image_token_id != self.config.image_token_id:
             raise ValueError(
@@ -637,7 +663,7 @@ class InternVLChatModel(InternVLForConditionalGeneration):
         block = self._thought_block(num_thoughts)
         prompts, first = [], 0
         for sample, messages in enumerate(conversations):
-            prompt = tokenizer.apply_chat_template(
+            prompt: Any = tokenizer.apply_chat_template(
                 [{"role": "system", "content": self.system_message}, *messages],
                 chat_template=CHAT_TEMPLATE,
                 num_thoughts=None,
@@ -656,14 +682,22 @@ class InternVLChatModel(InternVLForConditionalGeneration):
             first = last
         return prompts
 
-    def _thought_block(self, num_thoughts: int | str | None) -> str:
+    def _thought_block(self, num_thoughts: NumThoughts) -> str:
         if num_thoughts not in (None, OWN):
             raise ValueError(
                 "`num_thoughts` needs a `MultiCoCoForConditionalGeneration`; an InternVL has no thoughts."
             )
         return ""
 
-    def _answer(self, tokenizer, prompts, pixel_values, num_patches_list, generation_config) -> list[str]:
+    def _answer(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: list[str],
+        pixel_values: torch.Tensor | None,
+        num_patches_list: Sequence[int] | None,
+        generation_config: GenerationConfig | dict[str, Any] | None,
+    ) -> list[str]:
+        """What a batch of prompts is answered, without the special tokens."""
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(self.device)
         if pixel_values is not None:
             inputs["pixel_values"] = pixel_values.to(self.device, self.dtype)
@@ -690,9 +724,9 @@ MODULE_NAMES = {
 }
 
 
-def translate_device_map(device_map: dict) -> dict:
+def translate_device_map(device_map: dict[str, Any]) -> dict[str, Any]:
     """A `device_map` with native names of modules; names that are native already stay as they are."""
-    translated = {}
+    translated: dict[str, Any] = {}
     for name, device in device_map.items():
         if name == "language_model":
             translated |= {"model.language_model": device, "lm_head": device}
@@ -726,9 +760,11 @@ CHECKPOINT_NAMES = {
 }
 
 
-def register_checkpoint_names(model_class: type[InternVLChatModel]):
+def register_checkpoint_names(model_class: type[InternVLChatModel]) -> None:
     """Lets `from_pretrained` of a class read files with original and `-hf` names."""
-    names = [WeightRenaming(source, target) for source, target in CHECKPOINT_NAMES.items()]
+    names: list[WeightRenaming | WeightConverter] = [
+        WeightRenaming(source, target) for source, target in CHECKPOINT_NAMES.items()
+    ]
     names += [
         WeightConverter(  # rows of q, k and v, in this order
             f".attn.qkv.{kind}", [f".attention.{part}_proj.{kind}" for part in "qkv"], operations=[Chunk(dim=0)]

@@ -12,25 +12,25 @@ that of one plain forward. Gradients flow through every thought and through the 
 
 The backbone thinks: [`MultiCoCoModel`] fuses the images, runs the passes and returns the last hidden states, so who
 calls `model.base_model` and a head of its own (trl does) has the thoughts. [`MultiCoCoForConditionalGeneration`] adds
-head, loss and generation. `modeling_internvl_chat.py` is InternVL's own interface, `passes.py` the cache of passes.
+head, loss and generation. `modeling_internvl_chat.py` is InternVL's own interface, `passes.py` the passes themselves.
 
 Shapes: B batch, T tokens, D hidden size, V vocabulary, N tiles, P visual tokens per tile.
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutputWithPast, InternVLModelOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .compat import (
-    attention_of,
     checkpointed_with_cache,
     gathered,
     is_reentrant,
@@ -39,14 +39,14 @@ from .compat import (
     settled_rotary,
 )
 from .configuration_multicoco import (
-    CONSTANT_FEEDBACKS,
     END_LATENT_TOKEN,
     IMAGE_CONTEXT_TOKEN,
-    IMAGE_END_TOKEN,
-    IMAGE_START_TOKEN,
     LATENT_TOKEN,
+    OWN,
     START_LATENT_TOKEN,
     MultiCoCoConfig,
+    NumThoughts,
+    thought_block,
 )
 from .modeling_internvl_chat import (
     InternVLChatBackbone,
@@ -58,18 +58,21 @@ from .modeling_internvl_chat import (
     takes_original_order,
 )
 from .passes import (
-    PassCache,
+    REENTRANT,
+    EditThoughts,
+    Plan,
     answer_visibility,
-    causal_masks,
     check_thoughts,
     hidden_from_answer,
     holds_tokens,
     join_attentions,
     join_hidden_states,
     packed_samples,
+    packed_visibility,
     pad_mask,
+    run_passes,
 )
-from .processing_multicoco import OWN, MultiCoCoProcessor, plain_processor, prepare_tokenizer, thought_block
+from .processing_multicoco import RESERVED_TOKENS, MultiCoCoProcessor, plain_processor, prepare_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -88,8 +91,8 @@ class MultiCoCoModelOutputWithPast(InternVLModelOutputWithPast):
         All that was fed, images and thoughts in their places, with `return_inputs_embeds=True`.
     """
 
-    thoughts: torch.FloatTensor | None = None
-    inputs_embeds: torch.FloatTensor | None = None
+    thoughts: torch.Tensor | None = None
+    inputs_embeds: torch.Tensor | None = None
 
 
 @dataclass
@@ -105,19 +108,7 @@ class MultiCoCoOutputWithPast(InternVLCausalLMOutputWithPast):
         What was fed at the latent positions, with `return_thoughts=True`; zeros after the last thought of a row.
     """
 
-    thoughts: torch.FloatTensor | None = None
-
-
-@dataclass
-class _Plan:
-    """All that the host reads of a batch: checked and read before any compute, once."""
-
-    columns: list[int]  # where some row has a thought; the sequence is cut before each
-    numbers: torch.LongTensor | None  # (B, T): 1 at a row's first thought, 2 at its second, 0 elsewhere
-    num_surplus: int  # passes that other ranks make and this one does not need
-    visible: Callable | None  # `(batch, head, query, key) -> allowed`, beside the causal rule
-    attention_mask: torch.Tensor | None
-    position_ids: torch.LongTensor | None
+    thoughts: torch.Tensor | None = None
 
 
 class MultiCoCoModel(InternVLChatBackbone):
@@ -126,32 +117,35 @@ class MultiCoCoModel(InternVLChatBackbone):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-        mm_encoder_outputs: dict | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         image_flags: torch.Tensor | None = None,
         num_patches_list: Sequence[int] | None = None,
-        latent_mask: torch.BoolTensor | None = None,
+        latent_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
         return_thoughts: bool = False,
-        edit_thoughts: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+        edit_thoughts: EditThoughts | None = None,
         answer_sees: str = "all",
         return_inputs_embeds: bool = False,
-        **kwargs,
-    ) -> tuple | MultiCoCoModelOutputWithPast:
-        """Arguments and errors as in [`MultiCoCoForConditionalGeneration.forward`]."""
-        tokens = tokens_of(input_ids, inputs_embeds)
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | MultiCoCoModelOutputWithPast:
+        """
+        Arguments and errors as in [`MultiCoCoForConditionalGeneration.forward`], but for its head; with
+        `return_inputs_embeds` the output has all that was fed.
+        """
+        tokens = _tokens_of(input_ids, inputs_embeds)
         if inputs_embeds is not None and (pixel_values is not None or mm_encoder_outputs):
             raise ValueError("With `inputs_embeds`, place the images yourself: `inputs_embeds=model.fuse(...)`.")
         if pixel_values is not None and mm_encoder_outputs:
             raise ValueError("Pass only one of `pixel_values` and `mm_encoder_outputs`: both are the images.")
-        check_shapes(tokens, past_key_values is not None, attention_mask, None, latent_mask)
+        check_shapes(tokens, attention_mask, latent_mask=latent_mask, has_past=past_key_values is not None)
         use_cache = self._resolve_cache(use_cache, past_key_values)
         tiles = None
         is_step = past_key_values is not None and tokens.shape[1] == 1 and latent_mask is None  # of decoding
@@ -168,9 +162,10 @@ class MultiCoCoModel(InternVLChatBackbone):
             needs_passes=edit_thoughts is not None or return_thoughts,
         )
 
-        features, layers = None, self.language_model.layers
-        if inputs_embeds is None:
-            inputs_embeds, features = self.fuse(
+        embeds: Any = inputs_embeds
+        features = None
+        if input_ids is not None:
+            embeds, features = self.fuse(
                 input_ids,
                 pixel_values,
                 tiles,
@@ -178,10 +173,11 @@ class MultiCoCoModel(InternVLChatBackbone):
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
             )
+        feedback = self.config.thought_feedback
         with settled_rotary(self.language_model, plan.position_ids if plan.columns else None):
-            with checkpointed_with_cache(layers):  # they get a `PassCache` or no cache
-                hidden_states, embeds, outputs, thoughts = self._run_passes(
-                    inputs_embeds, plan, past_key_values, use_cache, edit_thoughts, **kwargs
+            with checkpointed_with_cache(self.language_model.layers):  # they get a `PassCache` or no cache
+                hidden_states, thoughts, chunks, outputs = run_passes(
+                    self.language_model, embeds, plan, feedback, past_key_values, use_cache, edit_thoughts, **kwargs
                 )
         return MultiCoCoModelOutputWithPast(
             last_hidden_state=hidden_states,
@@ -190,33 +186,33 @@ class MultiCoCoModel(InternVLChatBackbone):
             attentions=join_attentions(outputs),
             image_hidden_states=features,
             thoughts=thoughts if return_thoughts else None,
-            inputs_embeds=torch.cat(embeds, dim=1) if return_inputs_embeds else None,
+            inputs_embeds=torch.cat(chunks, dim=1) if return_inputs_embeds else None,
         )
 
     def _plan(
         self,
-        input_ids,
-        tokens,
-        attention_mask,
-        position_ids,
-        past_key_values,
-        latent_mask,
-        answer_sees,
-        needs_passes,
-    ) -> _Plan:
+        input_ids: torch.Tensor | None,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        latent_mask: torch.Tensor | None,
+        answer_sees: str,
+        *,
+        needs_passes: bool,
+    ) -> Plan:
         """Reads and checks the batch. After this the host asks nothing of the device until the loss."""
         length = tokens.shape[1]
         samples = None
         if position_ids is not None and length > 1 and not holds_tokens(past_key_values):
             samples = packed_samples(position_ids, attention_mask, tokens)
-        columns, numbers = [], None
+        columns, numbers = [], torch.empty(0, dtype=torch.long)
         if latent_mask is not None:
             numbers = self.number_thoughts(input_ids, pad_mask(latent_mask, length), attention_mask, samples)
             if self.config.thought_feedback != "latent_one_pass" or needs_passes:
                 columns = numbers.any(dim=0).nonzero().flatten().tolist()
             if columns and attention_mask is not None and not is_2d(attention_mask):
                 raise ValueError("`attention_mask` must be (batch_size, sequence_length) when there are thoughts.")
-
         visible = None
         if answer_sees != "all":
             if holds_tokens(past_key_values):
@@ -227,106 +223,27 @@ class MultiCoCoModel(InternVLChatBackbone):
             if samples is not None:
                 raise ValueError(f"`answer_sees={answer_sees!r}` cannot be used with packed rows. Pad instead.")
             visible = answer_visibility(self.config, answer_sees, input_ids, latent_mask)
-        elif samples is not None and not self._has_flash:
-            packed = samples.to(tokens.device)
-            visible = lambda batch, head, query, key: packed[batch, query] == packed[batch, key]  # noqa: E731
-        elif samples is not None and columns:
-            raise ValueError(
-                "`position_ids` restart, so the rows are packed: thoughts need masks then, which flash attention does "
-                "not take. Load the model with `attn_implementation='sdpa'`."
-            )
-
+        elif samples is not None:
+            language_config = self.language_model.config
+            visible = packed_visibility(language_config, samples.to(tokens.device), has_thoughts=bool(columns))
         num_surplus = 0
-        if numbers is not None and is_sharded(self):  # asked before the passes, which gather parameters themselves
+        if latent_mask is not None and is_sharded(self):  # asked before the passes, which gather parameters themselves
             num_passes = len(columns) + 1
             num_surplus = most_of_all_ranks(num_passes, tokens.device) - num_passes
         position_ids = count_positions(position_ids, attention_mask, length)
         if columns and is_2d(attention_mask) and attention_mask.all():
             attention_mask = None  # without padding the passes use kernels that take no mask
-        return _Plan(columns, numbers, num_surplus, visible, attention_mask, position_ids)
-
-    def _run_passes(self, inputs_embeds, plan: _Plan, past_key_values, use_cache, edit_thoughts, **kwargs):
-        """
-        Coconut. Returns the last hidden states (B, T, D), the embeddings that were fed, piece by piece, the output of
-        each pass, and the thoughts (B, num_thoughts, D).
-        """
-        language_model, columns = self.language_model, plan.columns
-        batch_size, length, hidden_size = inputs_embeds.shape
-        num_thoughts = int(plan.numbers.max()) if columns else 0
-        thoughts = [inputs_embeds.new_zeros(batch_size, hidden_size)] * num_thoughts
-        if columns:
-            numbers = plan.numbers.to(inputs_embeds.device, non_blocking=True)
-            if use_cache and past_key_values is None:
-                past_key_values = DynamicCache(config=language_model.config)
-        past_length = plan.attention_mask.shape[1] - length if is_2d(plan.attention_mask) else 0
-        # transformers asks the device whether a 2D mask has padding, once per pass; a mask made here does not wait.
-        makes_mask = plan.visible is not None or (columns and plan.attention_mask is not None)
-
-        cache, chunks, outputs, states = past_key_values, [], [], []
-        for start, stop in zip([0, *columns], [*columns, length], strict=True):
-            chunk = inputs_embeds[:, start:stop]  # (B, stop - start, D)
-            if start > 0:
-                first = chunk[:, 0]  # (B, D)
-                state = self._feed_back(states[-1][:, -1].to(first.device), first)  # layers may be on other devices
-                for number in sorted(set(plan.numbers[:, start].tolist()) - {0}):
-                    thought = state if edit_thoughts is None else edit_thoughts(state, number - 1)
-                    rows = numbers[:, start, None] == number  # (B, 1)
-                    first = torch.where(rows, thought, first)
-                    thoughts[number - 1] = torch.where(rows, thought, thoughts[number - 1])
-                chunk = torch.cat([first[:, None], chunk[:, 1:]], dim=1)
-            if columns and past_key_values is None:
-                cache = PassCache(len(language_model.layers), previous=cache)
-            mask = plan.attention_mask
-            mask = mask[:, : past_length + stop] if is_2d(mask) else mask
-            positions = plan.position_ids[:, start:stop] if plan.position_ids is not None else None
-            if makes_mask and not self._has_flash:
-                mask = causal_masks(
-                    config=language_model.config,
-                    inputs_embeds=chunk,
-                    attention_mask=mask,
-                    past_key_values=cache,
-                    and_mask_function=plan.visible,
-                    allow_is_causal_skip=False,
-                )
-            output = language_model(
-                inputs_embeds=chunk,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=use_cache,
-                **kwargs,
-            )
-            chunks.append(chunk)
-            outputs.append(output)
-            states.append(output.last_hidden_state)
-        hidden_states = torch.cat(states, dim=1) if columns else states[0]  # (B, T, D)
-        for _ in range(plan.num_surplus):
-            surplus = language_model(inputs_embeds=inputs_embeds[:1, :1], use_cache=False).last_hidden_state
-            hidden_states = hidden_states + 0.0 * surplus.sum()
-        return hidden_states, chunks, outputs, torch.stack(thoughts, dim=1) if thoughts else None
-
-    def _feed_back(self, state, latent):
-        """The thought (B, D) that `state` (B, D) becomes where the embedding `latent` (B, D) stands."""
-        if self.config.thought_feedback in CONSTANT_FEEDBACKS:
-            return latent
-        if self.config.thought_feedback == "identity":
-            return state
-        # Not the mean norm of all embeddings: under ZeRO-3 no rank has them, and this one can be learned.
-        norm = state.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(state.dtype).tiny)
-        return state * (latent.norm(dim=-1, keepdim=True) / norm)
+        return Plan(columns, numbers, num_surplus, visible, attention_mask, position_ids)
 
     def _resolve_cache(self, use_cache: bool | None, past_key_values: Cache | None) -> bool:
         """Whether a cache is returned; refuses what activation checkpointing would silently compute wrongly."""
         if use_cache is None:
-            use_cache = self.language_model.config.use_cache and not self.training
+            use_cache = bool(self.language_model.config.use_cache and not self.training)
         checkpointed = [layer for layer in self.language_model.layers if layer.gradient_checkpointing]
         if not (checkpointed and self.training and torch.is_grad_enabled()):
             return use_cache
         if is_reentrant(checkpointed[0]):
-            raise ValueError(
-                "Activation checkpointing is reentrant, expected non-reentrant: with thoughts its gradients are "
-                "wrong. Set `activation_checkpointing_kwargs={'use_reentrant': False}` (transformers' default)."
-            )
+            raise ValueError(REENTRANT)
         if past_key_values is not None:
             raise ValueError(
                 "`past_key_values` cannot be used in training with activation checkpointing: a replayed layer would "
@@ -334,16 +251,20 @@ class MultiCoCoModel(InternVLChatBackbone):
             )
         return False
 
-    @property
-    def _has_flash(self) -> bool:
-        return "flash" in attention_of(self.language_model.config)  # the tower may have another
+    def latent_mask(
+        self,
+        input_ids: torch.Tensor | None,
+        latent_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor | None:
+        """
+        Where thoughts are fed (B, T), `latent_mask` or the `<|latent|>` of `input_ids`; says so once if the checkpoint
+        was trained to think and these inputs have no place for it.
 
-    def latent_mask(self, input_ids, latent_mask=None, past_key_values=None) -> torch.BoolTensor | None:
+        Raises:
+            ValueError: a thought block was cut.
         """
-        Where thoughts are fed, `latent_mask` or the `<|latent|>` of `input_ids`; says so once if the checkpoint was
-        trained to think and these inputs have no place for it.
-        """
-        config = self.config
+        config: Any = self.config
         if latent_mask is not None or config.latent_token_id is None:
             return latent_mask
         if holds_tokens(past_key_values):
@@ -373,7 +294,13 @@ class MultiCoCoModel(InternVLChatBackbone):
             )
         return input_ids == config.latent_token_id
 
-    def number_thoughts(self, input_ids, latent_mask, attention_mask, samples=None) -> torch.LongTensor:
+    def number_thoughts(
+        self,
+        input_ids: torch.Tensor | None,
+        latent_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        samples: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The number (from 1) of the thought at each position, (B, T), on the host; after [`check_thoughts`]."""
         latent_mask = latent_mask.cpu()
         length = latent_mask.shape[1]
@@ -401,53 +328,48 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
     ```"""
 
     backbone_class = MultiCoCoModel
+    model: MultiCoCoModel
 
     @takes_original_order
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_sizes: torch.Tensor | None = None,
-        mm_encoder_outputs: dict | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         image_flags: torch.Tensor | None = None,
         num_patches_list: Sequence[int] | None = None,
-        latent_mask: torch.BoolTensor | None = None,
+        latent_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
         return_thoughts: bool = False,
-        edit_thoughts: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+        edit_thoughts: EditThoughts | None = None,
         answer_sees: str = "all",
-        **kwargs,
-    ) -> tuple | MultiCoCoOutputWithPast:
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | MultiCoCoOutputWithPast:
         r"""
         By position it takes transformers' order, or that of the original program, which begins with `pixel_values`.
+        What is not named here is as in [`InternVLChatModel.forward`].
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(num_tiles, 3, height, width)`, *optional*):
-                Tiles of all images of the batch, in order.
-            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                1 for real tokens. Padding may stand on either side.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Defaults to counting the real tokens of each row. Positions that start again within the real tokens of
-                a row mean that it is packed: its samples do not see each other. Give the first token of each no label.
+                Defaults to counting the real tokens of each row, padded on either side. Positions that start again
+                within them mean that the row is packed: its samples do not see each other. Give the first token of
+                each no label.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Ids to predict, -100 where none is; shifted inside. The loss is the mean over all labels of the batch,
                 or their sum over `num_items_in_batch`. With `logits_to_keep` they may be those of the kept positions.
-            image_flags (`torch.Tensor` of shape `(num_tiles,)` or `(num_tiles, 1)`, *optional*):
-                0 marks a dummy tile, which is encoded and then left out.
-            num_patches_list (`Sequence[int]` or `torch.LongTensor`, *optional*):
-                Tiles of each image (without dummies); makes the check of tiles and tokens exact per sample.
             latent_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Where thoughts are fed. Defaults to the positions of `<|latent|>` in `input_ids`. If it is shorter than
-                `input_ids`, it is that of the prompt, and what follows holds no thought.
+                Where thoughts are fed; by default at each `<|latent|>` in `input_ids`. One that is shorter is that of
+                the prompt, and what follows holds no thought.
             return_thoughts (`bool`, defaults to `False`): Return what was fed at the latent positions.
             edit_thoughts (`Callable`, *optional*):
                 `(thought (batch_size, hidden_size), index) -> thought`, called for every thought inside the loop, so
@@ -464,10 +386,7 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
         """
         labelled = None
         if labels is not None:
-            tokens = tokens_of(input_ids, inputs_embeds)
-            labels = spread_labels(labels, tokens, logits_to_keep)
-            check_shapes(tokens, past_key_values is not None, None, labels, None)
-            labelled = (labels[:, 1:].cpu() != -100).nonzero(as_tuple=True)
+            labels, labelled = _place_labels(labels, _tokens_of(input_ids, inputs_embeds), logits_to_keep)
             if len(labelled[0]) == 0 and kwargs.get("num_items_in_batch") is None:
                 raise ValueError("`labels` are all -100, so there is no loss. Give at least one position a label.")
         outputs = self.model(
@@ -490,9 +409,23 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             return_dict=True,
             **kwargs,
         )
+        return self._output(outputs, labels, labelled, logits_to_keep, **kwargs)
+
+    def _output(
+        self,
+        outputs: Any,
+        labels: torch.Tensor | None,
+        labelled: tuple[torch.Tensor, ...] | None,
+        logits_to_keep: int | torch.Tensor,
+        **kwargs: Any,
+    ) -> MultiCoCoOutputWithPast:
+        """
+        The head on the `outputs` of [`MultiCoCoModel`], only at the positions that are asked for, and the loss of the
+        `labelled` rows and positions.
+        """
         hidden_states = outputs.last_hidden_state  # (B, T, D)
         loss = logits = None
-        if labelled is not None:  # logits only where there is a label: (labels, V)
+        if labels is not None and labelled is not None:  # logits only where there is a label: (labels, V)
             rows, positions = (index.to(hidden_states.device) for index in labelled)
             loss = self.loss_function(
                 logits=self.lm_head(hidden_states[rows, positions]),
@@ -513,7 +446,7 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             thoughts=outputs.thoughts,
         )
 
-    def embed_thoughts(self, input_ids: torch.LongTensor | None = None, **inputs) -> torch.FloatTensor:
+    def embed_thoughts(self, input_ids: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
         """
         The embeddings `(batch_size, sequence_length, hidden_size)` that the language model is fed, with images and
         thoughts in their places. One plain pass over them gives what the passes give, so hooks, captum, nnsight,
@@ -526,20 +459,20 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
         inputs |= {"use_cache": False, "return_inputs_embeds": True, "return_dict": True}
         return self.model(input_ids, **inputs).inputs_embeds
 
-    def _thought_block(self, num_thoughts: int | str | None) -> str:
-        num_thoughts = self.config.num_thoughts if num_thoughts == OWN else num_thoughts
-        return "" if num_thoughts is None else thought_block(num_thoughts)
+    def _thought_block(self, num_thoughts: NumThoughts) -> str:
+        number = self.config.num_thoughts if num_thoughts == OWN else num_thoughts
+        return "" if number is None else thought_block(number)
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]  # the base's own arguments by keyword only
         self,
-        inputs: torch.LongTensor | None = None,
+        inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
-        latent_mask: torch.BoolTensor | None = None,
+        latent_mask: torch.Tensor | None = None,
         return_thoughts: bool = False,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         r"""
         [`~transformers.GenerationMixin.generate`] with everything it can do; the prompt's thoughts are computed in its
         prefill by the passes of `forward`, and decoding is plain and cached. A latent token that the model itself
@@ -558,15 +491,14 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             ValueError: as in `forward`, before anything is computed.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if kwargs.get("inputs_embeds") is not None and kwargs.get("pixel_values") is not None:
+        inputs_embeds: Any = kwargs.get("inputs_embeds")
+        past = kwargs.get("past_key_values")
+        if inputs_embeds is not None and kwargs.get("pixel_values") is not None:
             raise ValueError("With `inputs_embeds`, place the images yourself: `inputs_embeds=model.fuse(...)`.")
-        tokens = input_ids
-        if tokens is None and kwargs.get("inputs_embeds") is not None:
-            tokens = kwargs["inputs_embeds"][..., 0]
-        if tokens is not None:
-            has_past = kwargs.get("past_key_values") is not None
-            check_shapes(tokens, has_past, kwargs.get("attention_mask"), None, latent_mask)
-        latent_mask = self.model.latent_mask(input_ids, latent_mask, kwargs.get("past_key_values"))
+        if input_ids is not None or inputs_embeds is not None:
+            tokens = input_ids if input_ids is not None else inputs_embeds[..., 0]
+            check_shapes(tokens, kwargs.get("attention_mask"), latent_mask=latent_mask, has_past=past is not None)
+        latent_mask = self.model.latent_mask(input_ids, latent_mask, past)
         answer_sees = kwargs.get("answer_sees", "all")
         if answer_sees != "all":
             answer_visibility(self.config, answer_sees, input_ids, latent_mask)  # for its checks, before the tower
@@ -574,7 +506,6 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             if input_ids is not None:  # an assistant gets the mask of the prompt, and ids that have grown
                 latent_mask = pad_mask(latent_mask, input_ids.shape[1])
             numbers = self.model.number_thoughts(input_ids, latent_mask, kwargs.get("attention_mask"))
-            past = kwargs.get("past_key_values")
             new = (numbers > 0)[:, int(past.get_seq_length()) if holds_tokens(past) else 0 :]  # not of earlier turns
             num_thoughts, trained = int(new.sum(dim=1).max()), self.config.num_thoughts
             if trained is not None and num_thoughts > trained:
@@ -592,17 +523,17 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
         if generation_config is not None and saved:  # another program's own (trl) would replace the saved list
             generation_config = copy.deepcopy(generation_config)
             generation_config.suppress_tokens = sorted({*(generation_config.suppress_tokens or []), *saved})
-        if return_thoughts:
+        if return_thoughts:  # transformers hands on nothing else of a prefill's output, so a list goes along
             kwargs.update(thought_sink=[], return_dict_in_generate=True)
         output = super().generate(inputs, generation_config, **kwargs)
         if return_thoughts:
             thoughts = kwargs["thought_sink"][0] if kwargs["thought_sink"] else None
-            if thoughts is not None:  # beams and returned sequences share the thoughts of their prompt
+            if thoughts is not None and latent_mask is not None:  # beams share the thoughts of their prompt
                 thoughts = thoughts[:: len(thoughts) // len(latent_mask)]
             output["thoughts"] = thoughts
         return output
 
-    def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         """
         [`~transformers.GenerationMixin.generate_batch`] (continuous batching), for prompts in words alone.
 
@@ -619,8 +550,13 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
                     )
         return super().generate_batch(inputs, *args, **kwargs)
 
-    def init_continuous_batching(self, *args, **kwargs):
-        """As [`~MultiCoCoForConditionalGeneration.generate_batch`], for those who add requests later."""
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        As [`~MultiCoCoForConditionalGeneration.generate_batch`], for those who add requests later.
+
+        Raises:
+            ValueError: this checkpoint thinks.
+        """
         if self.config.num_thoughts:
             raise ValueError(
                 f"`config.num_thoughts` is {self.config.num_thoughts}, and continuous batching feeds tokens only: its "
@@ -630,62 +566,89 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        is_first_iteration: bool = False,
-        latent_mask: torch.BoolTensor | None = None,
-        edit_thoughts: Callable | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        latent_mask: torch.Tensor | None = None,
+        edit_thoughts: EditThoughts | None = None,
         answer_sees: str = "all",
-        thought_sink: list | None = None,
-        **kwargs,
-    ):
-        """Thoughts belong to the prompt: its prefill gets all that concerns them, cached steps get none of it."""
-        cached = past_key_values is not None and not is_first_iteration
-        cached = cached and (next_sequence_length == 1 or int(past_key_values.get_seq_length()) > 0)
-        prompt_mask = attention_mask
-        if cached and answer_sees != "all":  # every new token follows the thoughts: a 2D mask says what it may see
-            length = latent_mask.shape[1]
-            _, hidden = hidden_from_answer(self.config, answer_sees, input_ids[:, :length], latent_mask)
-            attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            attention_mask = attention_mask.masked_fill(pad_mask(hidden, attention_mask.shape[1]), 0)
-        model_inputs = super().prepare_inputs_for_generation(
+        thought_sink: list[torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Thoughts belong to the prompt: its prefill gets all that concerns them. What follows in the cache gets none of
+        it, be it one token to decode or several candidates to check.
+        """
+        is_cached = past_key_values is not None and not is_first_iteration
+        is_cached = is_cached and (next_sequence_length == 1 or holds_tokens(past_key_values))
+        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]  # its own kind of `self`
+        model_inputs = prepare(
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
-            attention_mask=attention_mask,
+            attention_mask=(
+                self._decode_mask(input_ids, attention_mask, latent_mask, answer_sees) if is_cached else attention_mask
+            ),
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
         ids = model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
-        if cached:
-            if ids.shape[1] > 1:  # candidates copied from the prompt, to be checked as the ordinary tokens they are
-                model_inputs["mm_encoder_outputs"] = {}
-                model_inputs["latent_mask"] = torch.zeros(ids.shape[:2], dtype=torch.bool, device=ids.device)
-            return model_inputs
+        if is_cached:
+            return model_inputs if ids.shape[1] == 1 else {**model_inputs, **self._candidate_inputs(ids)}
         features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if features is not None and ids.shape[1] < input_ids.shape[1]:  # the caller's cache holds the images before
-            image_mask = input_ids == self.config.image_token_id
-            fed = image_mask.clone()
-            fed[:, : -ids.shape[1]] = False
-            features = type(features)(pooler_output=features.pooler_output.flatten(0, -2)[fed[image_mask]])
+        return {
+            **model_inputs,
+            **self._prefill_inputs(input_ids, ids.shape[1], latent_mask, features),
+            "attention_mask": attention_mask,  # 2D also for a static cache: each pass makes its mask from it
+            "edit_thoughts": edit_thoughts,
+            "answer_sees": answer_sees,
+            "return_thoughts": thought_sink is not None,
+        }
+
+    def _prefill_inputs(
+        self, input_ids: torch.Tensor, num_new: int, latent_mask: torch.Tensor | None, features: Any
+    ) -> dict[str, Any]:
+        """Of a prompt's last `num_new` tokens, which are fed: where thoughts are, and the features of their images."""
+        model_inputs: dict[str, Any] = {} if latent_mask is None else {"latent_mask": latent_mask[:, -num_new:]}
         if features is not None:  # transformers leaves them out of the prefill of an assistant
+            if num_new < input_ids.shape[1]:  # the caller's cache holds the images before
+                image_mask = input_ids == self.config.image_token_id
+                fed = image_mask.clone()
+                fed[:, :-num_new] = False
+                features = type(features)(pooler_output=features.pooler_output.flatten(0, -2)[fed[image_mask]])
             model_inputs["mm_encoder_outputs"] = {"image": features}
-        model_inputs["attention_mask"] = prompt_mask  # 2D also for a static cache: each pass makes its mask from it
-        if latent_mask is not None:
-            model_inputs["latent_mask"] = latent_mask[:, -ids.shape[1] :]
-        model_inputs.update(
-            edit_thoughts=edit_thoughts, answer_sees=answer_sees, return_thoughts=thought_sink is not None
-        )
         return model_inputs
 
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+    def _decode_mask(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        latent_mask: torch.Tensor | None,
+        answer_sees: str,
+    ) -> torch.Tensor | None:
+        """What new tokens may see: all of them follow the thoughts, so a 2D mask can say it."""
+        if answer_sees == "all":
+            return attention_mask
+        _, hidden = hidden_from_answer(self.config, answer_sees, input_ids, latent_mask)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        length = attention_mask.shape[1]
+        return attention_mask.masked_fill(pad_mask(hidden, length)[:, :length], 0)
+
+    def _candidate_inputs(self, ids: torch.Tensor) -> dict[str, Any]:
+        """Candidates may be copied from the prompt; they are checked as the ordinary tokens they are."""
+        no_thought = torch.zeros(ids.shape[:2], dtype=torch.bool, device=ids.device)
+        return {"mm_encoder_outputs": {}, "latent_mask": no_thought}
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         if model_kwargs.get("thought_sink") is not None and outputs.get("thoughts") is not None:
             model_kwargs["thought_sink"].append(outputs.thoughts)
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
 
 def add_thought_tokens(
@@ -728,7 +691,7 @@ def add_thought_tokens(
 
     if len(tokenizer) > config.text_config.vocab_size:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    weights = [model.get_input_embeddings().weight]
+    weights: list[Any] = [model.get_input_embeddings().weight]
     if model.lm_head.weight is not weights[0]:
         weights.append(model.lm_head.weight)
     for weight in weights:
@@ -737,8 +700,8 @@ def add_thought_tokens(
             weight[list(wanted.values())] = weight[source].to(precise).mean(dim=0).to(weight.dtype)
     for name, token_id in wanted.items():
         setattr(config, name, token_id)
-    hidden = [IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_CONTEXT_TOKEN, *names.values()]
-    suppressed = set(model.generation_config.suppress_tokens or []) | set(tokenizer.convert_tokens_to_ids(hidden))
+    hidden = [tokenizer.convert_tokens_to_ids(token) for token in RESERVED_TOKENS]
+    suppressed = {*(model.generation_config.suppress_tokens or []), *hidden}
     model.generation_config.suppress_tokens = sorted(suppressed)
 
 
@@ -756,7 +719,7 @@ def export_internvl(
     if is_sharded(model):
         raise ValueError("`model` is sharded over ranks. Save it by `Trainer.save_model`, load that, and export.")
     values = model.config.to_dict()
-    ours = set(MultiCoCoConfig.__dataclass_fields__) - set(InternVLConfig.__dataclass_fields__)
+    ours = {field.name for field in fields(MultiCoCoConfig)} - {field.name for field in fields(InternVLConfig)}
     config = InternVLConfig(
         **{
             name: value
@@ -779,29 +742,35 @@ def export_internvl(
         plain_processor(processor).save_pretrained(save_directory)
 
 
-def tokens_of(input_ids, inputs_embeds) -> torch.Tensor:
+def _tokens_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
     """Something of shape (B, T): ids, or one number of each embedding."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-    return input_ids if input_ids is not None else inputs_embeds[..., 0]
+    if input_ids is not None and inputs_embeds is None:
+        return input_ids
+    if inputs_embeds is not None and input_ids is None:
+        return inputs_embeds[..., 0]
+    raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
 
 
-def spread_labels(labels: torch.LongTensor, tokens: torch.Tensor, logits_to_keep: int | torch.Tensor):
+def _place_labels(
+    labels: torch.Tensor, tokens: torch.Tensor, logits_to_keep: int | torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """
-    Labels `(batch_size, kept)` that go with the positions of `logits_to_keep`, in their places `(batch_size,
-    sequence_length)`: the logits of the i-th kept position predict label i + 1, whatever lies between (ms-swift).
+    Labels (B, kept) that go with the positions of `logits_to_keep`, in their places (B, T): the logits of the i-th
+    kept position predict label i + 1, whatever lies between (ms-swift). And, on the host, the rows and positions whose
+    next token has a label.
     """
     kept = torch.arange(tokens.shape[1], device=labels.device)
     if isinstance(logits_to_keep, int):
         kept = kept[-logits_to_keep:]  # 0 keeps all
     else:
         kept = kept[logits_to_keep.to(labels.device)]
-    if len(kept) == tokens.shape[1] or labels.dim() != 2 or labels.shape[1] != len(kept):
-        return labels
-    spread = labels.new_full((len(labels), tokens.shape[1]), -100)
-    spread[:, kept[0]] = labels[:, 0]
-    spread[:, kept[:-1] + 1] = labels[:, 1:]
-    return spread
+    if len(kept) != tokens.shape[1] and labels.dim() == 2 and labels.shape[1] == len(kept):
+        spread = labels.new_full((len(labels), tokens.shape[1]), -100)
+        spread[:, kept[0]] = labels[:, 0]
+        spread[:, kept[:-1] + 1] = labels[:, 1:]
+        labels = spread
+    check_shapes(tokens, labels=labels)
+    return labels, (labels[:, 1:].cpu() != -100).nonzero(as_tuple=True)
 
 
 register_checkpoint_names(MultiCoCoForConditionalGeneration)

@@ -1,26 +1,48 @@
-"""Where thoughts may stand, who sees what, and the cache of their passes. Knows masks, keys and values, no model.
+"""Where thoughts may stand, who sees what, and the passes that compute them, with their cache.
+
+Knows a language model that takes embeddings, masks, keys and values; no images, no text, no head.
 
 Shapes: B batch, T tokens, D hidden size.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard, cast
+
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .compat import attention_of
-from .configuration_multicoco import END_LATENT_TOKEN, LATENT_TOKEN, START_LATENT_TOKEN
+from .configuration_multicoco import (
+    CONSTANT_FEEDBACKS,
+    END_LATENT_TOKEN,
+    LATENT_TOKEN,
+    START_LATENT_TOKEN,
+    MultiCoCoConfig,
+)
+from .modeling_internvl_chat import is_2d
 
 
 ANSWER_SEES = ("all", "no_image", "thoughts_only")
+REENTRANT = (
+    "Activation checkpointing is reentrant, expected non-reentrant: with thoughts its gradients are wrong. Set "
+    "`activation_checkpointing_kwargs={'use_reentrant': False}` (transformers' default)."
+)
+# A mask function of transformers: `(batch, head, query, key) -> allowed`.
+Visible = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# `(thought (B, D), index) -> thought`, see `MultiCoCoForConditionalGeneration.forward`.
+EditThoughts = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def check_thoughts(
-    latent_mask: torch.BoolTensor,
+    latent_mask: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    image_mask: torch.BoolTensor,
-    samples: torch.LongTensor | None = None,
-):
+    image_mask: torch.Tensor,
+    samples: torch.Tensor | None = None,
+) -> None:
     """
     Checks that every thought has a state before it and comes after the images of its sample. All tensors on the host,
     of shape `(batch_size, sequence_length)`; `samples` numbers the samples of a packed row.
@@ -56,7 +78,9 @@ def check_thoughts(
             raise ValueError(f"Sample {sample}: {LATENT_TOKEN} at position {position} of `input_ids` {reason}")
 
 
-def packed_samples(position_ids, attention_mask, tokens: torch.Tensor) -> torch.LongTensor | None:
+def packed_samples(
+    position_ids: torch.Tensor, attention_mask: torch.Tensor | None, tokens: torch.Tensor
+) -> torch.Tensor | None:
     """
     The number of the sample at each position `(batch_size, sequence_length)`, on the host, of rows whose positions
     start again within their real tokens (transformers' sign of packed rows); `None` if none does.
@@ -75,11 +99,17 @@ def packed_samples(position_ids, attention_mask, tokens: torch.Tensor) -> torch.
     return nn.functional.pad(restarts.long().cumsum(dim=1), (1, 0)).expand(len(tokens), -1)
 
 
-def holds_tokens(past_key_values: Cache | None) -> bool:
+def holds_tokens(past_key_values: Cache | None) -> TypeGuard[Cache]:
+    """Whether there is a cache that has keys already."""
     return past_key_values is not None and int(past_key_values.get_seq_length()) > 0
 
 
-def causal_masks(config, **arguments):
+def has_flash(config: PreTrainedConfig) -> bool:
+    """Whether a language model attends by flash attention, which takes no masks; its tower may do otherwise."""
+    return "flash" in attention_of(config)
+
+
+def causal_masks(config: PreTrainedConfig, **arguments: Any) -> Any:
     """The mask of a pass; by kind, if layers of the language model see only a window."""
     if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
         return create_causal_mask(config=config, **arguments)
@@ -89,14 +119,17 @@ def causal_masks(config, **arguments):
     }
 
 
-def pad_mask(mask: torch.BoolTensor, length: int) -> torch.BoolTensor:
+def pad_mask(mask: torch.Tensor, length: int) -> torch.Tensor:
     """A mask (B, t) of a prompt as one of the whole sequence (B, T): False for what follows."""
     return nn.functional.pad(mask, (0, max(0, length - mask.shape[1])))
 
 
-def hidden_from_answer(config, answer_sees: str, input_ids: torch.LongTensor | None, latent_mask):
+def hidden_from_answer(
+    config: MultiCoCoConfig, answer_sees: str, input_ids: torch.Tensor | None, latent_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Which positions follow the thoughts, and which ones those may not see; both (B, T).
+    Which positions follow the thoughts, and which ones those may not see; both (B, T). `latent_mask` may be that of
+    the prompt alone.
 
     Raises:
         ValueError: a rule that is not known, or a sample without a thought block.
@@ -105,50 +138,78 @@ def hidden_from_answer(config, answer_sees: str, input_ids: torch.LongTensor | N
         raise ValueError(f"`answer_sees` must be one of {', '.join(ANSWER_SEES)}, got {answer_sees!r}.")
     if input_ids is None or latent_mask is None:
         raise ValueError(f"`answer_sees={answer_sees!r}` needs `input_ids` of a model with thought tokens.")
-    block = latent_mask | (input_ids == config.start_latent_id)
+    length, prompt = input_ids.shape[1], input_ids[:, : latent_mask.shape[1]]
+    block = pad_mask(latent_mask | (prompt == config.start_latent_id), length)
     if not block.any(dim=1).all():
         raise ValueError(
             f"`answer_sees={answer_sees!r}` needs a thought block in every sample, also if it holds no thought: "
             f"write {START_LATENT_TOKEN}{END_LATENT_TOKEN} (`num_thoughts=0`)."
         )
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    positions = torch.arange(length, device=input_ids.device)
     after = positions > (positions * block).amax(dim=1, keepdim=True)
-    hidden = input_ids == config.image_token_id if answer_sees == "no_image" else ~after & ~latent_mask
-    return after, hidden
+    if answer_sees == "no_image":
+        return after, pad_mask(prompt == config.image_token_id, length)
+    return after, ~after & ~pad_mask(latent_mask, length)
 
 
-def answer_visibility(config, answer_sees: str, input_ids: torch.LongTensor | None, latent_mask):
-    """The rule of `answer_sees` as a mask function of transformers: `(batch, head, query, key) -> allowed`."""
-    length = None if latent_mask is None else latent_mask.shape[1]
-    after, hidden = hidden_from_answer(
-        config, answer_sees, None if input_ids is None else input_ids[:, :length], latent_mask
-    )
-    after, hidden = ~pad_mask(~after, input_ids.shape[1]), pad_mask(hidden, input_ids.shape[1])
+def answer_visibility(
+    config: MultiCoCoConfig, answer_sees: str, input_ids: torch.Tensor | None, latent_mask: torch.Tensor | None
+) -> Visible:
+    """
+    The rule of `answer_sees` as a mask function.
+
+    Raises:
+        ValueError: as [`hidden_from_answer`], or attention that takes no masks.
+    """
+    after, hidden = hidden_from_answer(config, answer_sees, input_ids, latent_mask)
     implementation = attention_of(config.text_config)
     if implementation not in ("eager", "sdpa"):
         raise ValueError(
             f"`answer_sees={answer_sees!r}` needs attention masks, which {implementation} does not take. Load the "
             "model with `attn_implementation='sdpa'`."
         )
-    last = input_ids.shape[1] - 1  # a static cache has keys beyond the prompt
+    last = hidden.shape[1] - 1  # a static cache has keys beyond the prompt
     return lambda batch, head, query, key: ~(after[batch, query] & hidden[batch, key.clamp(max=last)])
+
+
+def packed_visibility(config: PreTrainedConfig, samples: torch.Tensor, *, has_thoughts: bool) -> Visible | None:
+    """
+    The rule of packed rows, `samples` (B, T) on their device: samples do not see each other. `None` for flash
+    attention, which reads it from the positions.
+
+    Raises:
+        ValueError: thoughts, whose passes flash attention cannot keep apart.
+    """
+    if not has_flash(config):
+        return lambda batch, head, query, key: samples[batch, query] == samples[batch, key]
+    if has_thoughts:
+        raise ValueError(
+            "`position_ids` restart, so the rows are packed: thoughts need masks then, which flash attention does not "
+            "take. Load the model with `attn_implementation='sdpa'`."
+        )
+    return None
 
 
 class PassLayer(DynamicLayer):
     """Keys and values of one layer in one pass: reads those of earlier passes, and only *sets* its own."""
 
-    def __init__(self, past: tuple = ()):
+    def __init__(self, past: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()) -> None:
         super().__init__()
         self.past = past  # ((keys, values), ...) of earlier passes, each (B, kv_heads, chunk, head_dim)
-        self.own = None
+        self.own: tuple[torch.Tensor, torch.Tensor] | None = None
         self.has_grad = torch.is_grad_enabled()
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The keys and values of all passes up to this one; takes those given as its own the first time.
+
+        Raises:
+            ValueError: called by reentrant checkpointing.
+        """
         if self.has_grad and not torch.is_grad_enabled():  # ms-swift exchanges the function behind transformers' back
-            raise ValueError(
-                "Activation checkpointing is reentrant, expected non-reentrant: with thoughts its gradients are "
-                "wrong. Set `activation_checkpointing_kwargs={'use_reentrant': False}` (transformers' default)."
-            )
+            raise ValueError(REENTRANT)
         if self.own is None:  # the forward; a replay in the backward computes the same and only reads
             self.own = (key_states, value_states)
         if not self.past:
@@ -156,7 +217,8 @@ class PassLayer(DynamicLayer):
         keys, values = zip(*self.past, (key_states, value_states), strict=True)
         return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
 
-    def get_seq_length(self):
+    def get_seq_length(self) -> int:
+        """Tokens of earlier passes."""
         return sum(keys.shape[-2] for keys, _ in self.past)
 
 
@@ -168,21 +230,120 @@ class PassCache(Cache):
     of its own that reads a frozen past, so the replay sees what the forward saw. The joined keys are not kept.
     """
 
-    def __init__(self, num_layers: int, previous: "PassCache | None" = None):
+    def __init__(self, num_layers: int, previous: Cache | None = None) -> None:
         if previous is None:
             super().__init__(layers=[PassLayer() for _ in range(num_layers)])
         else:
-            super().__init__(layers=[PassLayer((*layer.past, layer.own)) for layer in previous.layers])
+            layers = cast(list[Any], previous.layers)
+            super().__init__(layers=[PassLayer((*layer.past, layer.own)) for layer in layers])
 
 
-def join_hidden_states(outputs):
+@dataclass
+class Plan:
+    """All that the host reads of a batch: checked and read before any compute, once."""
+
+    columns: list[int]  # where some row has a thought; the sequence is cut before each
+    numbers: torch.Tensor  # (B, T), on the host: 1 at a row's first thought, 2 at its second, 0 elsewhere; or empty
+    num_surplus: int  # passes that other ranks make and this one does not need
+    visible: Visible | None  # beside the causal rule
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+
+
+def run_passes(
+    language_model: PreTrainedModel,
+    inputs_embeds: torch.Tensor,
+    plan: Plan,
+    thought_feedback: str,
+    past_key_values: Cache | None,
+    use_cache: bool,
+    edit_thoughts: EditThoughts | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor], list[Any]]:
+    """
+    Coconut. Returns the last hidden states (B, T, D), the thoughts (B, num_thoughts, D), and of each pass the
+    embeddings that were fed (B, chunk, D) and the output.
+    """
+    config, layers, columns = language_model.config, cast(nn.ModuleList, language_model.layers), plan.columns
+    batch_size, length, hidden_size = inputs_embeds.shape
+    num_thoughts = int(plan.numbers.max()) if columns else 0
+    thoughts = [inputs_embeds.new_zeros(batch_size, hidden_size)] * num_thoughts
+    numbers = plan.numbers.to(inputs_embeds.device, non_blocking=True)
+    if columns and use_cache and past_key_values is None:
+        past_key_values = DynamicCache(config=config)
+    past_length = plan.attention_mask.shape[1] - length if is_2d(plan.attention_mask) else 0
+    # transformers asks the device whether a 2D mask has padding, once per pass; a mask made here does not wait.
+    makes_mask = plan.visible is not None or (columns and plan.attention_mask is not None)
+
+    cache = past_key_values
+    chunks: list[torch.Tensor] = []
+    outputs: list[Any] = []
+    states: list[torch.Tensor] = []
+    for start, stop in zip([0, *columns], [*columns, length], strict=True):
+        chunk = inputs_embeds[:, start:stop]  # (B, stop - start, D)
+        if start > 0:
+            first = chunk[:, 0]  # (B, D)
+            # layers may be on other devices
+            state = thought_of(states[-1][:, -1].to(first.device), first, thought_feedback)
+            for number in sorted(set(plan.numbers[:, start].tolist()) - {0}):
+                thought = state if edit_thoughts is None else edit_thoughts(state, number - 1)
+                rows = numbers[:, start, None] == number  # (B, 1)
+                first = torch.where(rows, thought, first)
+                thoughts[number - 1] = torch.where(rows, thought, thoughts[number - 1])
+            chunk = torch.cat([first[:, None], chunk[:, 1:]], dim=1)
+        if columns and past_key_values is None:
+            cache = PassCache(len(layers), previous=cache)
+        mask: Any = plan.attention_mask
+        mask = mask[:, : past_length + stop] if is_2d(mask) else mask
+        if makes_mask and not has_flash(config):
+            mask = causal_masks(
+                config=config,
+                inputs_embeds=chunk,
+                attention_mask=mask,
+                past_key_values=cache,
+                and_mask_function=plan.visible,
+                allow_is_causal_skip=False,
+            )
+        output = language_model(
+            inputs_embeds=chunk,
+            attention_mask=mask,
+            position_ids=plan.position_ids[:, start:stop] if plan.position_ids is not None else None,
+            past_key_values=cache,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        chunks.append(chunk)
+        outputs.append(output)
+        states.append(output.last_hidden_state)
+    hidden_states = torch.cat(states, dim=1) if columns else states[0]  # (B, T, D)
+    for _ in range(plan.num_surplus):
+        surplus = language_model(inputs_embeds=inputs_embeds[:1, :1], use_cache=False).last_hidden_state
+        hidden_states = hidden_states + 0.0 * surplus.sum()
+    return hidden_states, torch.stack(thoughts, dim=1) if thoughts else None, chunks, outputs
+
+
+def thought_of(state: torch.Tensor, latent: torch.Tensor, thought_feedback: str) -> torch.Tensor:
+    """
+    The thought (B, D) that a state (B, D) becomes where the embedding `latent` (B, D) stands; for `thought_feedback`
+    see [`MultiCoCoConfig`].
+    """
+    if thought_feedback in CONSTANT_FEEDBACKS:
+        return latent
+    if thought_feedback == "identity":
+        return state
+    # Not the mean norm of all embeddings: under ZeRO-3 no rank has them, and this one can be learned.
+    norm = state.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(state.dtype).tiny)
+    return state * (latent.norm(dim=-1, keepdim=True) / norm)
+
+
+def join_hidden_states(outputs: Sequence[Any]) -> Any:
     """Hidden states of all passes, each layer's as (B, T, D)."""
     if len(outputs) == 1 or outputs[0].hidden_states is None:
         return outputs[0].hidden_states
     return tuple(torch.cat(layer, dim=1) for layer in zip(*(output.hidden_states for output in outputs), strict=True))
 
 
-def join_attentions(outputs):
+def join_attentions(outputs: Sequence[Any]) -> Any:
     """Attentions of all passes as (B, heads, T, T): a pass cannot see later keys, so their weight is 0."""
     if len(outputs) == 1 or not outputs[0].attentions:
         return outputs[0].attentions

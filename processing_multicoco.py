@@ -4,7 +4,7 @@ A text holds one `<image>` for each of its images. An image of `n` tiles becomes
 
     <img> <IMG_CONTEXT> x (num_image_token * n) </img>
 
-and a budget of `k` thoughts becomes, at the start of the assistant's turn,
+and `k` thoughts become, at the start of the assistant's turn,
 
     <|start-latent|> <|latent|> x k <|end-latent|>
 
@@ -13,39 +13,50 @@ Nothing is ever cut, repeated or guessed: whatever does not fit is a `ValueError
 """
 
 import copy
-import json
 import os
 import re
 from collections.abc import Sequence
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.utils import httpx
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import ImageInput, load_image
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageInput, load_image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import logging
 
-from .compat import optional_file
+from .compat import DOWNLOAD_ERRORS, LOADER_KWARGS, read_json
 from .configuration_multicoco import (
+    CHAT_TEMPLATE,
     END_LATENT_TOKEN,
     HUB_KWARGS,
     IMAGE_CONTEXT_TOKEN,
     IMAGE_END_TOKEN,
+    IMAGE_PLACEHOLDER,
     IMAGE_START_TOKEN,
     LATENT_TOKEN,
+    OWN,
     START_LATENT_TOKEN,
     TURN_START_TOKEN,
     MultiCoCoConfig,
+    NumThoughts,
+    chat_template,
+    check_saved_num_thoughts,
+    is_int,
+    plain_chat_template,
+    read_number,
+    thought_block,
+    upgraded_template,
+    write_number,
 )
 
 
-DOWNLOAD_ERRORS = (httpx.HTTPError, httpx.InvalidURL)  # none of them is an `OSError`
-IMAGE_PLACEHOLDER = "<image>"
+logger = logging.get_logger(__name__)
+
 # Tokens that only the processor may write; in a user's text they would move features or thoughts.
 RESERVED_TOKENS = (
     IMAGE_START_TOKEN,
@@ -55,40 +66,13 @@ RESERVED_TOKENS = (
     LATENT_TOKEN,
     END_LATENT_TOKEN,
 )
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
-# The system message of InternVL's `internvl2_5` prompts, which InternVL2.5 and InternVL3 were trained on.
-SYSTEM_MESSAGE = (
-    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
-)
-# Default of every `num_thoughts` that may be left out: the checkpoint's own number. `None` always means no block.
-OWN = "own"  # a string: remote code imports this file again, and an object would not be the same one
-
-# The chat template, from its pieces. A block of thoughts is written where the assistant is about to speak, and at the
-# start of a last message of the assistant, so that it is part of every prefix of a conversation that ends there.
-_SYSTEM_START, _SYSTEM_END = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n{{ system_message | default(",
-    ", true) }}<|im_end|>\n{% endif %}",
-)
-_ROLE = "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-_CONTENT = (
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}" + IMAGE_PLACEHOLDER + "\n{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n"
-)
-_PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n"
-_BUDGET_START = f"{{%- set budget = num_thoughts if num_thoughts is defined and num_thoughts != '{OWN}' else "
-_BUDGET_END = (
-    " -%}\n{%- set block = '' -%}\n{%- if budget is not none -%}\n"
-    "{%- if budget is not integer or budget < 0 -%}\n"
-    "{{ raise_exception('`num_thoughts` must be an integer of at least 0, got ' ~ budget ~ '. Pass 0 for a block "
-    "without thoughts, or none for no block at all.') }}\n{%- endif -%}\n"
-    f"{{%- set block = '{START_LATENT_TOKEN}' ~ '{LATENT_TOKEN}' * budget ~ '{END_LATENT_TOKEN}' -%}}\n"
-    "{%- endif -%}\n"
-)
-_BUDGET = re.compile(r"(set\s+budget\s*=\s*num_thoughts\s+if\s[^%]*?\selse\s+)(none|[0-9]+)")  # also if edited
-_BLOCK = "{{ block }}"
-_LAST_BLOCK = "{% if loop.last and not add_generation_prompt %}" + _BLOCK + "{% endif %}"
+# What Pillow, numpy and a download raise of an image that cannot be read.
+UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, SyntaxError, *DOWNLOAD_ERRORS)
+UNREADABLE += (Image.DecompressionBombError,)
+# Arguments of `from_pretrained` that are the tokenizer's.
+TOKENIZER_KWARGS = ["padding_side", "truncation_side", "model_max_length", "split_special_tokens"]
+TOKENIZER_KWARGS += ["clean_up_tokenization_spaces", "extra_special_tokens", "additional_special_tokens"]
+TOKENIZER_KWARGS += PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
 
 _ASSISTANT_TURN = f"{TURN_START_TOKEN}assistant\n"
 _BLOCK_TEXT = re.compile(
@@ -96,104 +80,11 @@ _BLOCK_TEXT = re.compile(
 )
 
 
-def chat_template(system_message: str | None = None, num_thoughts: int | None = None) -> str:
-    """
-    InternVL's `internvl2_5` prompts with a block of thoughts at the start of the turn that the assistant has last.
-
-    The template's variable `num_thoughts` is the number of thoughts, `none` for no block. Messages of the assistant
-    stand in `generation` tags, the block in front of them.
-
-    Args:
-        system_message (`str`, *optional*): For conversations that bring none; `None` leaves InternVL's.
-        num_thoughts (`int`, *optional*): What the variable is where it is not given.
-
-    Raises:
-        ValueError: `num_thoughts` is negative or not an integer.
-    """
-    if num_thoughts is not None:
-        thought_block(num_thoughts)  # checks the number
-    return (
-        f"{_BUDGET_START}{_jinja(num_thoughts)}{_BUDGET_END}"
-        + f"{_SYSTEM_START}{_quoted(SYSTEM_MESSAGE if system_message is None else system_message)}{_SYSTEM_END}{_ROLE}"
-        + "{% if message['role'] == 'assistant' %}"
-        + f"{_LAST_BLOCK}{{% generation %}}{_CONTENT}{{% endgeneration %}}{{% else %}}{_CONTENT}{{% endif %}}"
-        + f"{{% endfor %}}{_PROMPT}{_BLOCK}{{% endif %}}"
-    )
-
-
-def plain_chat_template(template: str | dict[str, str] | None) -> str | dict[str, str] | None:
-    """
-    A template, or several by name, without the code that writes thoughts: for a model that has none.
-
-    Raises:
-        ValueError: the template writes thoughts by code of its own.
-    """
-    if not isinstance(template, str):
-        return template and {name: plain_chat_template(text) for name, text in template.items()}
-    for code in (f"{_BUDGET_START}{_jinja(_read_budget(template))}{_BUDGET_END}", _LAST_BLOCK, _BLOCK):
-        template = template.replace(code, "")
-    if START_LATENT_TOKEN in template or LATENT_TOKEN in template:
-        raise ValueError(
-            f"`chat_template` writes {LATENT_TOKEN} by code of its own, which cannot be taken out of it. Give the "
-            "processor a template without thoughts, such as `chat_template()`, and export again."
-        )
-    return template
-
-
-def _jinja(num_thoughts: int | None) -> str:
-    return "none" if num_thoughts is None else str(num_thoughts)
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _read_budget(template) -> int | None | str:
-    """The number that a template writes where none is given; [`OWN`] if it has no such default."""
-    if isinstance(template, dict):
-        template = template.get("default")
-    found = _BUDGET.search(template or "")
-    return OWN if found is None else None if found[2] == "none" else int(found[2])
-
-
-def _write_budget(template, num_thoughts: int | None):
-    """The template, or several by name, with another default; one that has none stays as it is."""
-    if isinstance(template, dict):
-        return {name: _write_budget(text, num_thoughts) for name, text in template.items()}
-    return template and _BUDGET.sub(rf"\g<1>{_jinja(num_thoughts)}", template, count=1)
-
-
-def _upgrade(template):
-    """A template of multicoco 0.1.0, which left the block to the processor, as today's with its system message."""
-    end = f"{_SYSTEM_END}{_ROLE}{_CONTENT}{{% endfor %}}{_PROMPT}{{% endif %}}"
-    if isinstance(template, str) and template.startswith(_SYSTEM_START) and template.endswith(end):
-        return chat_template(json.loads(template[len(_SYSTEM_START) : -len(end)]))
-    return template
-
-
-CHAT_TEMPLATE = chat_template()
-
-
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
     """Adds those of the six special tokens that `tokenizer` lacks; returns how many. Safe to call again."""
     return tokenizer.add_tokens(
         [AddedToken(token, special=True, normalized=False) for token in RESERVED_TOKENS], special_tokens=True
     )
-
-
-def thought_block(num_thoughts: int) -> str:
-    """
-    The text of a block of `num_thoughts` continuous thoughts. With 0 the two markers remain, as in Coconut's stage 0.
-
-    Raises:
-        ValueError: `num_thoughts` is negative or not an integer.
-    """
-    if isinstance(num_thoughts, bool) or not isinstance(num_thoughts, int) or num_thoughts < 0:
-        raise ValueError(
-            f"`num_thoughts` must be an integer of at least 0, got {num_thoughts!r}. Pass 0 for a block without "
-            "thoughts, or None for no block at all."
-        )
-    return START_LATENT_TOKEN + LATENT_TOKEN * num_thoughts + END_LATENT_TOKEN
 
 
 def split_thought_block(text: str) -> tuple[str, int | None, str]:
@@ -248,59 +139,13 @@ def expand_image_tokens(text: str, num_patches_list: Sequence[int], num_image_to
     return expanded
 
 
-def _refuse_reserved(text: str, sample: int):
+def _refuse_reserved(text: str, sample: int) -> None:
     for token in RESERVED_TOKENS:
         if token in text:
             raise ValueError(
                 f"Sample {sample}: `text` contains {token}, which only the processor may write. Remove or rephrase "
                 f"it; mark the place of an image by {IMAGE_PLACEHOLDER} and ask for thoughts by `num_thoughts`."
             )
-
-
-def check_saved_num_thoughts(name_or_path: str | os.PathLike, num_thoughts: int | None | str = OWN, **hub_kwargs):
-    """
-    Compares the numbers of thoughts that the files of a checkpoint hold: `config.json`, `processor_config.json` and
-    the chat template. A file that is not there says nothing.
-
-    Args:
-        name_or_path (`str` or `os.PathLike`): Folder or Hub name.
-        num_thoughts (`int`, *optional*): The configuration's number, if it was read already.
-        hub_kwargs: Arguments for [`~transformers.utils.cached_file`], such as `revision`.
-
-    Raises:
-        ValueError: they differ, so that prompts would carry other thoughts than the model was trained with.
-    """
-
-    def read(filename):
-        path = optional_file(name_or_path, filename, **hub_kwargs)
-        if path is None:
-            return None
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-
-    found = {}
-    if num_thoughts == OWN:
-        config = json.loads(read("config.json") or "{}")
-        if config.get("model_type") == MultiCoCoConfig.model_type:
-            num_thoughts = config.get("num_thoughts")  # the file leaves out what is None
-    if num_thoughts != OWN:
-        found["config.json"] = num_thoughts
-    processor = json.loads(read("processor_config.json") or "{}")
-    if "num_thoughts" in processor:
-        found["processor_config.json"] = processor["num_thoughts"]
-    template = read("chat_template.jinja") or json.loads(read("tokenizer_config.json") or "{}").get("chat_template")
-    baked = _read_budget(template if isinstance(template, str) else None)
-    if baked != OWN:
-        found["the chat template"] = baked
-    if len(set(found.values())) > 1:
-        numbers = ", ".join(f"{number} in {place}" for place, number in found.items())
-        raise ValueError(
-            f"`num_thoughts` of {name_or_path} is {numbers}, expected one number: prompts would carry other thoughts "
-            "than the model was trained with. If the configuration is right, run "
-            f'`MultiCoCoProcessor.from_pretrained("{name_or_path}", num_thoughts={found.get("config.json", "N")})'
-            f'.save_pretrained("{name_or_path}")`. If the processor is (as after adapters that were merged by hand), '
-            "load the model with its number, `from_pretrained(..., num_thoughts=...)`, and save it."
-        )
 
 
 class MultiCoCoProcessor(ProcessorMixin):
@@ -315,12 +160,12 @@ class MultiCoCoProcessor(ProcessorMixin):
         num_image_token (`int`, defaults to 256):
             Visual tokens per tile, [`MultiCoCoConfig.num_image_token`].
         num_thoughts (`int`, *optional*):
-            Budget that the chat template writes when none is given; saved with the processor, so that an evaluation
-            uses what the training ended with. `None` writes no thought block. The default is that of
+            Thoughts that the chat template writes when no number is given; saved with the processor, so that an
+            evaluation uses what the training ended with. `None` writes no thought block. The default is that of
             `chat_template`. May be set later: processor, tokenizer and template stay in step.
         chat_template (`str`, *optional*):
             Jinja template, which becomes the tokenizer's too; defaults to InternVL's `internvl2_5` prompts, see
-            [`~processing_multicoco.chat_template`].
+            [`~configuration_multicoco.chat_template`].
 
     Example:
 
@@ -335,27 +180,36 @@ class MultiCoCoProcessor(ProcessorMixin):
     # model then checks tiles and tokens by their totals only. Not saved.
     return_num_patches_list = True
     text_kwargs = {"padding_side": "left"}
-    images_kwargs = {"crop_to_patches": True}
+    images_kwargs: Any = {"crop_to_patches": True}
+    _chat_template: str | dict[str, str] | None
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
+        image_processor: Any = None,
+        tokenizer: Any = None,
         num_image_token: int = 256,
-        num_thoughts: int | None | str = OWN,
+        num_thoughts: NumThoughts = OWN,
         chat_template: str | dict[str, str] | None = None,
-    ):
-        if not isinstance(image_processor, GotOcr2ImageProcessorPil):  # torchvision's resize gives other pixels
-            image_processor = GotOcr2ImageProcessorPil.from_dict(image_processor.to_dict())
+    ) -> None:
+        for name, part in (("image_processor", image_processor), ("tokenizer", tokenizer)):
+            if part is None:
+                raise ValueError(
+                    f"`{name}` is None, expected that of the checkpoint. Use `MultiCoCoProcessor.from_pretrained`."
+                )
+        if not isinstance(image_processor, GotOcr2ImageProcessorPil):
+            logger.warning_once(
+                f"`image_processor` is a {type(image_processor).__name__}, whose resize gives other pixels than "
+                "InternVL's: a GotOcr2ImageProcessorPil with its settings takes its place."
+            )
         chat_template = chat_template or CHAT_TEMPLATE
         if num_thoughts == OWN:
-            num_thoughts = _read_budget(chat_template)
-            num_thoughts = None if num_thoughts == OWN else num_thoughts
+            written = read_number(chat_template)
+            num_thoughts = None if written == OWN else written
         if num_thoughts is not None:
             thought_block(num_thoughts)  # checks the number
         self._num_thoughts = num_thoughts
         prepare_tokenizer(tokenizer)
-        super().__init__(image_processor, tokenizer)
+        super().__init__(_on_pillow(image_processor), tokenizer)
         self.num_image_token = num_image_token
         self.chat_template = chat_template
 
@@ -365,12 +219,12 @@ class MultiCoCoProcessor(ProcessorMixin):
         return self._num_thoughts
 
     @num_thoughts.setter
-    def num_thoughts(self, num_thoughts: int | None):
+    def num_thoughts(self, num_thoughts: int | None) -> None:
         if num_thoughts is not None:
             thought_block(num_thoughts)  # checks the number
         self._num_thoughts = num_thoughts
-        self._chat_template = _write_budget(self._chat_template, num_thoughts)
-        self.tokenizer.chat_template = _write_budget(self.tokenizer.chat_template, num_thoughts)
+        self._chat_template = write_number(self._chat_template, num_thoughts)
+        self.tokenizer.chat_template = write_number(self.tokenizer.chat_template, num_thoughts)
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
@@ -378,8 +232,8 @@ class MultiCoCoProcessor(ProcessorMixin):
         return self._chat_template
 
     @chat_template.setter
-    def chat_template(self, template: str | dict[str, str] | None):
-        self._chat_template = _write_budget(template, self._num_thoughts)
+    def chat_template(self, template: str | dict[str, str] | None) -> None:
+        self._chat_template = write_number(template, self._num_thoughts)
         if "tokenizer" in self.__dict__:  # the base class sets the template before it
             self.tokenizer.chat_template = self._chat_template
 
@@ -393,91 +247,122 @@ class MultiCoCoProcessor(ProcessorMixin):
 
     @property
     def image_token_id(self) -> int:
+        """Id of `image_token`."""
         return self.tokenizer.convert_tokens_to_ids(self.image_token)
 
     @property
     def start_image_token_id(self) -> int:
+        """Id of `start_image_token`."""
         return self.tokenizer.convert_tokens_to_ids(self.start_image_token)
 
     @property
     def end_image_token_id(self) -> int:
+        """Id of `end_image_token`."""
         return self.tokenizer.convert_tokens_to_ids(self.end_image_token)
 
-    @property
-    def image_token_ids(self) -> list[int]:
+    @property  # type: ignore[misc]  # the base's can be set
+    def image_token_ids(self) -> list[int | None]:
+        """The three ids that an image is written with."""
         return [self.image_token_id, self.start_image_token_id, self.end_image_token_id]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As [`~transformers.ProcessorMixin.to_dict`], which sees no properties."""
         return {**super().to_dict(), "num_thoughts": self.num_thoughts}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *, num_thoughts: int | None | str = OWN, **kwargs):
+    def from_pretrained(  # type: ignore[override]  # by keyword only
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *, num_thoughts: NumThoughts = OWN, **kwargs: Any
+    ) -> "MultiCoCoProcessor":
         """
         Loads a processor of our own, or makes one for a transformers or an original InternVL checkpoint from its
         tokenizer and configuration; no remote code is run. A given `num_thoughts` replaces the saved one.
 
+        Args:
+            kwargs: Arguments for the Hub, and settings of the image processor (`max_patches`), of the tokenizer
+                (`padding_side`) or of the processor that replace the saved ones.
+
         Raises:
             ValueError: the files of the checkpoint hold different numbers of thoughts, and `num_thoughts` is not
-                given; see [`~processing_multicoco.check_saved_num_thoughts`].
+                given, see [`~configuration_multicoco.check_saved_num_thoughts`]; or an argument is none of these.
         """
+        settings = {*GotOcr2ImageProcessorPil.valid_kwargs.__annotations__, "num_image_token", "chat_template"}
+        settings |= {"image_processor", "tokenizer", *TOKENIZER_KWARGS}
+        unknown = kwargs.keys() - settings - {*HUB_KWARGS, *LOADER_KWARGS}
+        if unknown and "_from_pipeline" not in kwargs:  # a pipeline hands on what is the model's
+            raise ValueError(
+                f"`from_pretrained` of a processor does not know {sorted(unknown)}. Check the spelling, or set it on "
+                "the part it belongs to, `image_processor` or `tokenizer`."
+            )
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
-        path = optional_file(pretrained_model_name_or_path, "processor_config.json", **hub_kwargs)
-        if path is not None:
-            with open(path, encoding="utf-8") as file:
-                is_own = json.load(file).get("processor_class") == cls.__name__
-            if is_own:
-                if num_thoughts == OWN:
-                    check_saved_num_thoughts(pretrained_model_name_or_path, **hub_kwargs)
-                processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-                processor.chat_template = _upgrade(processor.chat_template)
-                if num_thoughts != OWN:
-                    processor.num_thoughts = num_thoughts
-                return processor
-        config = MultiCoCoConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        with open(cached_file(pretrained_model_name_or_path, "config.json", **hub_kwargs), encoding="utf-8") as file:
-            raw_config = json.load(file)
-        if raw_config["model_type"] == "internvl_chat":
+        saved = read_json(pretrained_model_name_or_path, "processor_config.json", **hub_kwargs)
+        if saved.get("processor_class") != cls.__name__:
+            return cls._from_internvl(pretrained_model_name_or_path, num_thoughts, hub_kwargs, kwargs)
+        if num_thoughts == OWN:
+            check_saved_num_thoughts(pretrained_model_name_or_path, **hub_kwargs)
+        processor: MultiCoCoProcessor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        processor.chat_template = upgraded_template(processor.chat_template)
+        if num_thoughts != OWN:
+            processor.num_thoughts = num_thoughts
+        return processor
+
+    @classmethod
+    def _from_internvl(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        num_thoughts: NumThoughts,
+        hub_kwargs: dict[str, Any],
+        settings: dict[str, Any],
+    ) -> "MultiCoCoProcessor":
+        """A processor for a checkpoint of transformers or of the original program; `settings` replace what it says."""
+        config = MultiCoCoConfig.from_pretrained(name_or_path, **hub_kwargs)
+        original = read_json(name_or_path, "config.json", **hub_kwargs)
+        if original["model_type"] == "internvl_chat":
             height, width = config.vision_config.image_size
+            is_cut = original.get("dynamic_image_size", True)
             image_processor = GotOcr2ImageProcessorPil(
                 size={"height": height, "width": width},
                 crop_to_patches=True,
-                min_patches=raw_config.get("min_dynamic_patch", 1),
-                max_patches=raw_config.get("max_dynamic_patch", 12)
-                if raw_config.get("dynamic_image_size", True)
-                else 1,
-                image_mean=IMAGENET_MEAN,
-                image_std=IMAGENET_STD,
+                min_patches=original.get("min_dynamic_patch", 1),
+                max_patches=original.get("max_dynamic_patch", 12) if is_cut else 1,
+                image_mean=IMAGENET_DEFAULT_MEAN,
+                image_std=IMAGENET_DEFAULT_STD,
             )
         else:
-            image_processor = GotOcr2ImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        settings = {name: kwargs[name] for name in image_processor.valid_kwargs.__annotations__ if name in kwargs}
-        if settings:  # such as `max_patches`, as for a folder of our own
-            image_processor = GotOcr2ImageProcessorPil.from_dict({**image_processor.to_dict(), **settings})
-        tokenizer = AutoTokenizer.from_pretrained(
-            pretrained_model_name_or_path, config=config.text_config, trust_remote_code=False, **hub_kwargs
-        )
+            image_processor = GotOcr2ImageProcessorPil.from_pretrained(name_or_path, **hub_kwargs)
+        of_images = {name: settings[name] for name in image_processor.valid_kwargs.__annotations__ if name in settings}
+        if of_images:
+            image_processor = GotOcr2ImageProcessorPil.from_dict({**image_processor.to_dict(), **of_images})
+        of_text = {name: settings[name] for name in TOKENIZER_KWARGS if name in settings}
         return cls(
-            image_processor,
-            tokenizer,
-            num_image_token=config.num_image_token,
+            settings.get("image_processor", image_processor),
+            settings.get("tokenizer")
+            or AutoTokenizer.from_pretrained(
+                name_or_path, config=config.text_config, trust_remote_code=False, **hub_kwargs, **of_text
+            ),
+            num_image_token=settings.get("num_image_token", config.num_image_token),
             num_thoughts=config.num_thoughts if num_thoughts == OWN else num_thoughts,
-            chat_template=kwargs.get("chat_template", chat_template(config.system_message)),
+            chat_template=settings.get("chat_template", chat_template(config.system_message)),
         )
+
+    @classmethod
+    def from_args_and_dict(cls, args: list[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """[`~transformers.ProcessorMixin.from_args_and_dict`], whichever image processor an auto class has made."""
+        return super().from_args_and_dict([_on_pillow(args[0]), *args[1:]], processor_dict, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
+        """What [`~MultiCoCoProcessor.__call__`] can return."""
         return ["input_ids", "attention_mask", "pixel_values", "num_patches_list"]
 
     def __call__(
         self,
         images: ImageInput | list[ImageInput] | None = None,
         text: str | list[str] | None = None,
-        videos=None,
-        audio=None,
+        videos: Any = None,
+        audio: Any = None,
         *,
-        num_thoughts: int | None | str = OWN,
-        **kwargs,
+        num_thoughts: NumThoughts = OWN,
+        **kwargs: Any,
     ) -> BatchFeature:
         r"""
         Prepares one prompt or a batch of prompts.
@@ -507,53 +392,56 @@ class MultiCoCoProcessor(ProcessorMixin):
         Raises:
             ValueError: placeholders and images do not match, an image cannot be read or is empty, the text holds a
                 reserved token elsewhere or an image behind the thoughts, a prompt is longer than `max_length`, or the
-                budget of thoughts or tiles is not valid.
+                number of thoughts or tiles is not valid.
         """
         if not (_is_nothing(videos) and _is_nothing(audio)):
             raise ValueError("`videos` and `audio` are not supported. Pass frames of a video as `images`.")
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(item, str) for item in texts):
             raise ValueError(f"`text` must be a string or a non-empty list of strings, got {text!r:.100}.")
-        if num_thoughts not in (None, OWN):
+        if num_thoughts is not None and num_thoughts != OWN:
             thought_block(num_thoughts)  # checks the number
         nested_images = _nest_images(images, texts)
         kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        text_kwargs, images_kwargs = kwargs["text_kwargs"], kwargs["images_kwargs"]
-
-        opened = [
-            open_image(image, sample, index)
-            for sample, sample_images in enumerate(nested_images)
-            for index, image in enumerate(sample_images)
-        ]
-        data, num_patches_list = {}, []
-        self._check_tile_budget(images_kwargs)
-        if opened:
-            tiles = self.image_processor(
-                opened, **{**images_kwargs, "return_tensors": images_kwargs.get("return_tensors") or "np"}
-            )
-            data["pixel_values"] = tiles["pixel_values"]
-            num_patches_list = [int(count) for count in tiles["num_patches"]]
-
-        counts = iter(num_patches_list)
-        nested_counts = [[next(counts) for _ in sample_images] for sample_images in nested_images]
-        prompts = [
-            self._write(item, counts, num_thoughts, sample)
-            for sample, (item, counts) in enumerate(zip(texts, nested_counts, strict=True))
-        ]
+        text_kwargs = kwargs["text_kwargs"]
+        data, nested_counts = self._cut_images(nested_images, kwargs["images_kwargs"])
+        samples = list(zip(texts, nested_counts, strict=True))
+        prompts = [self._write(item, counts, num_thoughts, sample) for sample, (item, counts) in enumerate(samples)]
         wants_offsets = text_kwargs.pop("return_text_replacement_offsets", False)
         data.update(self._tokenize(prompts, text_kwargs))
         return_tensors = text_kwargs.get("return_tensors")
         features = BatchFeature(data, tensor_type=return_tensors)
+        num_patches_list = [count for counts in nested_counts for count in counts]
         if num_patches_list and self.return_num_patches_list:  # set here: `to(device, dtype)` must leave counts alone
             as_tensor = return_tensors == "pt"
             features["num_patches_list"] = torch.tensor(num_patches_list) if as_tensor else num_patches_list
         if wants_offsets:  # for the mask of the assistant's tokens
             features["text_replacement_offsets"] = [
-                self._offsets(item, counts, num_thoughts) for item, counts in zip(texts, nested_counts, strict=True)
+                self._offsets(item, counts, num_thoughts) for item, counts in samples
             ]
         return features
 
-    def _write(self, text: str, num_patches_list: list[int], num_thoughts: int | None | str, sample: int) -> str:
+    def _cut_images(
+        self, nested_images: list[list[Any]], images_kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[list[int]]]:
+        """`pixel_values` of a batch, if it has images, and for each text the number of tiles of each of its images."""
+        opened = [
+            open_image(image, sample, index)
+            for sample, images in enumerate(nested_images)
+            for index, image in enumerate(images)
+        ]
+        self._check_tile_limits(images_kwargs)
+        if not opened:
+            return {}, [[] for _ in nested_images]
+        tiles = self.image_processor(
+            opened, **{**images_kwargs, "return_tensors": images_kwargs.get("return_tensors") or "np"}
+        )
+        counts = iter(tiles["num_patches"])
+        return {"pixel_values": tiles["pixel_values"]}, [
+            [int(next(counts)) for _ in images] for images in nested_images
+        ]
+
+    def _write(self, text: str, num_patches_list: list[int], num_thoughts: NumThoughts, sample: int) -> str:
         """The text with its image runs and its block of thoughts, the given one or its own."""
         before, own, after = split_thought_block(text)
         num_thoughts = own if num_thoughts == OWN else num_thoughts
@@ -568,7 +456,7 @@ class MultiCoCoProcessor(ProcessorMixin):
         _refuse_reserved(after, sample)
         return before + thought_block(num_thoughts) + after
 
-    def _offsets(self, text: str, num_patches_list: list[int], num_thoughts: int | None | str) -> list[dict]:
+    def _offsets(self, text: str, num_patches_list: list[int], num_thoughts: NumThoughts) -> list[dict[str, Any]]:
         """What [`_write`] replaced, in transformers' form: characters before and after, in order."""
         before, own, after = split_thought_block(text)
         run = len(IMAGE_START_TOKEN + IMAGE_END_TOKEN), len(IMAGE_CONTEXT_TOKEN) * self.num_image_token
@@ -583,7 +471,7 @@ class MultiCoCoProcessor(ProcessorMixin):
             shift += length - (end - start)
         return offsets
 
-    def expand_image_tokens(self, text: str | list[str], num_patches_list: list[int] | list[list[int]]):
+    def expand_image_tokens(self, text: str | list[str], num_patches_list: Sequence[Any]) -> str | list[str]:
         """
         Writes the exact run of visual tokens for each `<image>`: the step for users who cut tiles by themselves.
 
@@ -609,11 +497,11 @@ class MultiCoCoProcessor(ProcessorMixin):
             for sample, (item, counts) in enumerate(zip(text, num_patches_list, strict=True))
         ]
 
-    def _check_tile_budget(self, images_kwargs: dict):
+    def _check_tile_limits(self, images_kwargs: dict[str, Any]) -> None:
         fewest = images_kwargs.get("min_patches", self.image_processor.min_patches)
         most = images_kwargs.get("max_patches", self.image_processor.max_patches)
         for name, value in (("min_patches", fewest), ("max_patches", most)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_int(value) or value < 1:
                 raise ValueError(
                     f"`{name}` must be an integer of at least 1, got {value!r}. Give the tiles per image."
                 )
@@ -623,7 +511,8 @@ class MultiCoCoProcessor(ProcessorMixin):
                 "second."
             )
 
-    def _tokenize(self, prompts: list[str], text_kwargs: dict) -> dict:
+    def _tokenize(self, prompts: list[str], text_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Ids and mask of the prompts, of which none may be longer than the limit."""
         truncation = text_kwargs.pop("truncation", None) not in (None, False, "do_not_truncate")
         limit, name = text_kwargs.get("max_length"), "`max_length`"
         if text_kwargs.get("padding") not in ("max_length",):
@@ -643,25 +532,25 @@ class MultiCoCoProcessor(ProcessorMixin):
 
     def apply_chat_template(
         self,
-        conversation,
+        conversation: Any,
         chat_template: str | None = None,
-        tools: list[dict] | None = None,
-        documents: list[dict] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, str]] | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool | str = False,
         return_assistant_tokens_mask: bool = False,
         tokenize: bool = False,
-        return_tensors: str | None = "auto",
+        return_tensors: Any = "auto",
         return_dict: bool = False,
         load_audio_from_video: bool = False,
-        processor_kwargs: dict | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
         *,
-        num_thoughts: int | None | str = OWN,
-        **kwargs,
-    ):
+        num_thoughts: NumThoughts = OWN,
+        **kwargs: Any,
+    ) -> Any:
         r"""
-        [`~transformers.ProcessorMixin.apply_chat_template`] with InternVL's prompts and a budget of thoughts.
+        [`~transformers.ProcessorMixin.apply_chat_template`] with InternVL's prompts and their thoughts.
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`):
@@ -682,21 +571,21 @@ class MultiCoCoProcessor(ProcessorMixin):
         for sample, messages in enumerate(conversations):
             self._check_messages(messages, sample)
         processor_kwargs = dict(processor_kwargs or {})
-        asked = processor_kwargs.pop("num_thoughts", OWN) if num_thoughts == OWN else num_thoughts
-        budget = self.num_thoughts if asked == OWN else asked
-        if budget is not None:
-            thought_block(budget)  # checks the number
+        asked: NumThoughts = processor_kwargs.pop("num_thoughts", OWN) if num_thoughts == OWN else num_thoughts
+        wanted = self.num_thoughts if asked == OWN else asked
+        if wanted is not None:
+            thought_block(wanted)  # checks the number
         has_place = [
             bool(add_generation_prompt) or messages[-1].get("role") == "assistant" for messages in conversations
         ]
-        if asked not in (None, OWN) and not all(has_place):
+        if asked is not None and asked != OWN and not all(has_place):
             raise ValueError(
                 f"`num_thoughts` needs `add_generation_prompt=True` or a last message of the assistant, got {asked} "
                 f"and neither in sample {has_place.index(False)}: thoughts stand at the start of the assistant's turn."
             )
         template = self._template_text(chat_template) or ""
         if "num_thoughts" in template:
-            kwargs["num_thoughts"] = budget
+            kwargs["num_thoughts"] = wanted
         kwargs |= {
             "chat_template": chat_template,
             "tools": tools,
@@ -704,18 +593,10 @@ class MultiCoCoProcessor(ProcessorMixin):
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
         }
-        if _read_budget(template) == OWN and all(has_place) and (asked != OWN or (tokenize and budget is not None)):
-            # A template of another: where it does not write the block, the processor can, if it finds the place.
-            texts = super().apply_chat_template(conversation, **kwargs)
-            for sample, text in enumerate([texts] if isinstance(texts, str) else texts):
-                before, written, _ = split_thought_block(text)
-                is_open = add_generation_prompt or before.endswith(_ASSISTANT_TURN)
-                if written != budget and not (tokenize and is_open):
-                    raise ValueError(
-                        f"Sample {sample}: `num_thoughts` is {budget}, but `chat_template` writes {written}. Use one "
-                        "of `chat_template()`, or pass `num_thoughts` to the processor with the text."
-                    )
-            processor_kwargs["num_thoughts"] = budget
+        is_asked = asked != OWN or (tokenize and wanted is not None)
+        if is_asked and all(has_place) and read_number(template) == OWN:
+            self._check_block_of_another(conversation, wanted, tokenize, **kwargs)
+            processor_kwargs["num_thoughts"] = wanted
         return super().apply_chat_template(
             conversation,
             return_assistant_tokens_mask=return_assistant_tokens_mask,
@@ -728,7 +609,24 @@ class MultiCoCoProcessor(ProcessorMixin):
             **kwargs,
         )
 
-    def _check_messages(self, messages, sample: int):
+    def _check_block_of_another(
+        self, conversation: Any, num_thoughts: int | None, tokenize: bool, **kwargs: Any
+    ) -> None:
+        """
+        Checks a template of another, which may not write the block: with `tokenize` the processor can, if it finds the
+        place.
+        """
+        texts = super().apply_chat_template(conversation, **kwargs)
+        for sample, text in enumerate([texts] if isinstance(texts, str) else texts):
+            before, written, _ = split_thought_block(text)
+            is_open = kwargs["add_generation_prompt"] or before.endswith(_ASSISTANT_TURN)
+            if written != num_thoughts and not (tokenize and is_open):
+                raise ValueError(
+                    f"Sample {sample}: `num_thoughts` is {num_thoughts}, but `chat_template` writes {written}. Use "
+                    "one of `chat_template()`, or pass `num_thoughts` to the processor with the text."
+                )
+
+    def _check_messages(self, messages: list[dict[str, Any]], sample: int) -> None:
         for message in messages:
             parts = message.get("content") or []
             for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
@@ -754,12 +652,19 @@ def plain_processor(processor: MultiCoCoProcessor) -> MultiCoCoProcessor:
     return processor
 
 
-def _is_nothing(value) -> bool:
+def _on_pillow(image_processor: Any) -> GotOcr2ImageProcessorPil:
+    """InternVL's image processor with the settings of another; an auto class may make torchvision's."""
+    if isinstance(image_processor, GotOcr2ImageProcessorPil):
+        return image_processor
+    return GotOcr2ImageProcessorPil.from_dict(image_processor.to_dict())
+
+
+def _is_nothing(value: object) -> bool:
     """None, or a list that holds nothing else."""
     return value is None or (isinstance(value, (list, tuple)) and all(map(_is_nothing, value)))
 
 
-def _nest_images(images, texts: Sequence[str]) -> list[list]:
+def _nest_images(images: Any, texts: Sequence[str]) -> list[list[Any]]:
     """One list of images per text, from whatever form the caller chose."""
     if _is_nothing(images):
         return [[] for _ in texts]
@@ -782,8 +687,13 @@ def _nest_images(images, texts: Sequence[str]) -> list[list]:
     return [[next(flat) for _ in range(count)] for count in wanted]
 
 
-def open_image(image, sample: int, index: int) -> Image.Image:
-    """Any image that transformers understands, as RGB; transparency is dropped as in InternVL, not laid over white."""
+def open_image(image: Any, sample: int, index: int) -> Image.Image:
+    """
+    Any image that transformers understands, as RGB; transparency is dropped as in InternVL, not laid over white.
+
+    Raises:
+        ValueError: it cannot be read, or is empty; names it as image `index` of `sample`.
+    """
     name = image if isinstance(image, (str, os.PathLike)) else type(image).__name__
     where = f"Sample {sample}, image {index} ({name!s:.200})"
     try:
@@ -796,7 +706,7 @@ def open_image(image, sample: int, index: int) -> Image.Image:
         elif not isinstance(image, Image.Image):
             image = to_pil_image(np.asarray(image))
         image = image.convert("RGB")
-    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError, *DOWNLOAD_ERRORS) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{where}: cannot be read as an image: {error}. Expected a PIL image, a path, a "
             "URL, bytes or an array: check that the file is whole, or leave out the image and its placeholder."

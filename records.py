@@ -17,8 +17,8 @@ from datasets.exceptions import DatasetsError
 from PIL import Image
 from transformers.utils import logging
 
-from .configuration_multicoco import TURN_END_TOKEN, TURN_START_TOKEN
-from .processing_multicoco import IMAGE_PLACEHOLDER, RESERVED_TOKENS
+from .configuration_multicoco import IMAGE_PLACEHOLDER, TURN_END_TOKEN, TURN_START_TOKEN
+from .processing_multicoco import RESERVED_TOKENS
 
 
 logger = logging.get_logger(__name__)

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from multicoco import InternVLChatModel, MultiCoCoConfig, MultiCoCoForConditionalGeneration
-from multicoco.processing_multicoco import CHAT_TEMPLATE, SYSTEM_MESSAGE, expand_image_tokens
+from multicoco.configuration_multicoco import CHAT_TEMPLATE, SYSTEM_MESSAGE
+from multicoco.processing_multicoco import expand_image_tokens
 
 
 INTERNVL = GOLDEN / "internvl"

@@ -13,18 +13,17 @@ from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from multicoco import MultiCoCoConfig, MultiCoCoProcessor
-from multicoco.curriculum import CurriculumArguments
-from multicoco.data_multicoco import StageDataset
-from multicoco.processing_multicoco import (
+from multicoco.configuration_multicoco import (
     OWN,
     SYSTEM_MESSAGE,
     chat_template,
     check_saved_num_thoughts,
     plain_chat_template,
-    plain_processor,
-    split_thought_block,
     thought_block,
 )
+from multicoco.curriculum import CurriculumArguments
+from multicoco.data_multicoco import StageDataset
+from multicoco.processing_multicoco import plain_processor, split_thought_block
 from multicoco.records import load_records
 
 

@@ -22,9 +22,9 @@ from multicoco import (
     MultiCoCoForConditionalGeneration,
     MultiCoCoProcessor,
     add_thought_tokens,
+    chat_template,
 )
 from multicoco.configuration_multicoco import TURN_END_TOKEN, TURN_START_TOKEN
-from multicoco.processing_multicoco import chat_template
 from multicoco.recipes.trails.prepare import CELL_PIXELS, COLOURS, cell_name
 
 
