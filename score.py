@@ -1,4 +1,4 @@
-"""Scores checkpoints on a file of records: accuracy, generated tokens and time for each budget of thoughts.
+"""Scores checkpoints on a file of records: accuracy, generated tokens and time for each number of thoughts.
 
     python score.py --model out --data mine_val.jsonl --num_thoughts 0 2 4 6
     python score.py --model out/coconut out/pause --compare out/cot --data mine_val.jsonl --output_dir out/scores

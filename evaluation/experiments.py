@@ -90,6 +90,7 @@ class Results:
     donors: dict[str, np.ndarray] = field(default_factory=dict)
     mean: torch.Tensor | None = None
     noise: torch.Tensor | None = None
+    pictures: np.ndarray = field(init=False)
 
     def __post_init__(self):
         self.pictures = choose_pictures(self.records, self.tiles, np.random.default_rng((self.seed, 0)))

@@ -96,7 +96,7 @@ class Examined:
     measurements: Measurements | None
 
 
-def count_tests(num_thoughts: int | None, has_images: bool) -> int:
+def count_tests(num_thoughts: int | None, *, has_images: bool) -> int:
     """Tests that the verdicts of a page are made of: each holds at the level `ALPHA` / this number."""
     count = num_thoughts or 0
     of_thoughts = len(KINDS) + 2 + 2 * count if count else 0  # damage, following, each thought by itself
@@ -217,7 +217,7 @@ def make_report(model: Examined, control: Examined | None = None) -> dict[str, A
         "experiments": scores.table(),
     }
     has_images = "grey-both" in scores.scores
-    num_tests = count_tests(results.num_thoughts, has_images)
+    num_tests = count_tests(results.num_thoughts, has_images=has_images)
     report["verdict_tests"] = {"number": num_tests, "alpha": ALPHA}
     if found is not None:
         report["thoughts"] = judge_thoughts(scores, num_tests)
