@@ -10,18 +10,16 @@ docs/truth.md.
 
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from multicoco.evaluation.diagnosis import Diagnosis
-from multicoco.evaluation.measurements import examine
 from multicoco.evaluation.metric import check_records, load_metric
-from multicoco.evaluation.page import FOLLOWING, WITHOUT_DONOR, draw_attention, p_value, page, percent, points
+from multicoco.evaluation.page import draw_attention, page, report_table
 from multicoco.evaluation.settings import choose_device, parse_settings
-from multicoco.evaluation.subject import AskArguments
-from multicoco.evaluation.verdicts import Scores, summarise
+from multicoco.evaluation.subject import AskArguments, Subject
+from multicoco.evaluation.verdicts import Examined, Scores, make_report
 
 
 @dataclass(kw_only=True)
@@ -66,51 +64,31 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Diagnoses as the flags say; returns what diagnosis.json holds."""
     arguments = parse_settings(DiagnoseArguments, __doc__, sys.argv[1:] if arguments is None else arguments)
     device = choose_device(arguments.use_cpu)
-    records = arguments.read(arguments.data, split=arguments.split, needs_steps=False)[: arguments.max_samples]
+    records = arguments.read_data()[: arguments.max_samples]
     if len(records) < 2:
         raise ValueError(f"`--data` {arguments.data} has {len(records)} record, expected at least 2 to compare.")
     check_records(records, arguments.metric)
-    metric = load_metric(arguments.metric)
-    metric(records[0], "")  # names of results that do not exist show now
-    diagnosis, control, pictures = Diagnosis(arguments.model, records, arguments, device), None, []
+    metric = load_metric(arguments.metric, try_on=records[0])
+    subjects = [Subject(arguments.model, records, arguments, device)]
     if arguments.control:
-        control = Diagnosis(arguments.control, records, arguments, device, is_control=True)
-    diagnosis.run()
-    seen = examine(diagnosis)
-    diagnosis.subject.model = None  # makes room for the control
-    control_scores, control_seen = None, {}
-    if control is not None:
-        control.run()
-        control_scores, control_seen = Scores(control, metric), examine(control)
-        control.subject.model = None
-    if seen:
-        pictures = draw_attention(diagnosis, seen["attention"])
-    report = {
-        "settings": asdict(arguments),
-        **summarise(diagnosis, Scores(diagnosis, metric), seen, control, control_scores, control_seen),
-    }
+        subjects.append(Subject(arguments.control, records, arguments, device, flag="--control"))
+    how = {name: getattr(arguments, name) for name in ("output_dir", "num_thoughts", "batch_size", "seed")}
+    examined = []
+    for diagnosis in [Diagnosis(subject, is_control=subject is not subjects[0], **how) for subject in subjects]:
+        results = diagnosis.run()
+        found = diagnosis.measure(results, num_attention=arguments.num_attention, num_drawn=arguments.num_drawn)
+        diagnosis.subject.model = None  # makes room for the control
+        examined.append(Examined(Scores(results, metric), found))
+    report = {"settings": asdict(arguments), **make_report(*examined)}
+    found = examined[0].measurements
+    pictures = draw_attention(records, found.drawn) if found else []
     output_dir = Path(arguments.output_dir)
     content = json.dumps(report, indent=1, allow_nan=False)
     (output_dir / "diagnosis.json").write_text(content, encoding="utf-8")
     Path(arguments.report).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.report).write_text(page(report, pictures), encoding="utf-8")
-    show(report)
-    print(f"\n{arguments.report} and {output_dir / 'diagnosis.json'} are written")
+    print(f"\n{report_table(report)}\n\n{arguments.report} and {output_dir / 'diagnosis.json'} are written")
     return report
-
-
-def show(report: Mapping[str, Any]):
-    """The table in the terminal."""
-    width = max(map(len, report["experiments"])) + 2
-    print(f"\n{'experiment':{width}}{'accuracy':>9}{'flipped':>9}  {'intact minus this, points [95 %]':>32}  {'p':>8}")
-    for name, row in report["experiments"].items():
-        accuracy, flips = percent(row["accuracy"]["rate"]), percent(row["flips"]["rate"])
-        print(f"{name:{width}}{accuracy:>9}{flips:>9}  {points(row['loss']):>32}  {p_value(row['loss']):>8}")
-    if found := report.get("thoughts"):
-        print(f"\nThe thoughts are {found['verdict']}.")
-        for name, row in found["following"].items():
-            donor, decoy = percent(row["donor"]["rate"]), percent(row["decoy"]["rate"])
-            print(f"Under {FOLLOWING[name]}, the answer is the donor's in {donor} ({WITHOUT_DONOR[name]}: {decoy}).")
 
 
 if __name__ == "__main__":

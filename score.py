@@ -1,4 +1,4 @@
-"""Scores checkpoints on a file of records: accuracy, generated tokens and time for each budget of thoughts.
+"""Scores checkpoints on a file of records: accuracy, generated tokens and time for each number of thoughts.
 
     python score.py --model out --data mine_val.jsonl --num_thoughts 0 2 4 6
     python score.py --model out/coconut out/pause --compare out/cot --data mine_val.jsonl --output_dir out/scores
@@ -9,21 +9,17 @@
 A killed run goes on where it stopped when the same command is given again. What the figures mean: docs/scoring.md.
 """
 
-import csv
-import json
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 
 from multicoco.compat import leave
 from multicoco.evaluation.metric import check_records, load_metric
 from multicoco.evaluation.predictions import predict, read_submission, write_submission
-from multicoco.evaluation.scores import compare, draw, pair_budgets, score_table, summarise
-from multicoco.evaluation.settings import parse_settings
+from multicoco.evaluation.scores import compare, pair_numbers, score_table, summarise, write_scores
+from multicoco.evaluation.settings import choose_device, parse_settings
 from multicoco.evaluation.subject import CHOICES_BY, AskArguments, Subject
 
 
@@ -67,9 +63,9 @@ class ScoreArguments(AskArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for budget in self.num_thoughts or []:
-            if budget < 0:
-                raise ValueError(f"`--num_thoughts` must be at least 0, got {budget}. 0 is a block without thoughts.")
+        for number in self.num_thoughts or []:
+            if number < 0:
+                raise ValueError(f"`--num_thoughts` must be at least 0, got {number}. 0 is a block without thoughts.")
         if self.batch_size < 1:
             raise ValueError(f"`--batch_size` must be at least 1, got {self.batch_size}.")
         if self.choices_by not in CHOICES_BY:
@@ -87,10 +83,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Scores as the flags say; returns the rows of the table (on the main process)."""
     arguments = parse_settings(ScoreArguments, __doc__, sys.argv[1:] if arguments is None else arguments)
     # Without a GPU it must be told, or accelerate takes the processes of torchrun for runs of their own.
-    state = PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())
-    records = arguments.read(
-        arguments.data, split=arguments.split, needs_steps=False, needs_answer=not arguments.predict_only
-    )
+    state = PartialState(cpu=choose_device(arguments.use_cpu).type == "cpu")
+    records = arguments.read_data(needs_answer=not arguments.predict_only)
     check_records(
         records,
         arguments.metric,
@@ -100,25 +94,23 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     )
     if arguments.predictions_to:
         read_submission(arguments.predictions_to)
-    names = dict.fromkeys([*arguments.model, *([arguments.compare] if arguments.compare else [])])
     how = {"choices_by": arguments.choices_by, "attn_implementation": arguments.attn_implementation}
-    subjects = {  # all: errors before compute
-        name: Subject(name, records, arguments, state.device, **how) for name in names
-    }
-    budgets = {name: subject.budgets(arguments.num_thoughts) for name, subject in subjects.items()}
-    metric = load_metric(arguments.metric) if state.is_main_process and not arguments.predict_only else None
-    if metric:
-        metric(records[0], "")  # names of results that do not exist show now
+    names = dict.fromkeys([*arguments.model, *([arguments.compare] if arguments.compare else [])])
+    subjects = [Subject(name, records, arguments, state.device, **how) for name in names]  # errors before compute
+    numbers = {subject.name: subject.numbers_of_thoughts(arguments.num_thoughts) for subject in subjects}
+    is_scored = state.is_main_process and not arguments.predict_only
+    metric = load_metric(arguments.metric, try_on=records[0]) if is_scored else None
 
     rows, scores = {}, {}
-    for name, subject in subjects.items():
-        for num_thoughts in budgets[name]:
-            predictions = predict(subject, records, num_thoughts, state, arguments.output_dir, arguments.batch_size)
+    for subject in subjects:
+        for num_thoughts in numbers[subject.name]:
+            predictions = predict(subject, num_thoughts, state, arguments.output_dir, arguments.batch_size)
             if state.is_main_process:
                 pairs = zip(records, predictions, strict=True)
                 values = [metric(record, line["prediction"]) for record, line in pairs] if metric else []
-                scores[name, num_thoughts] = values
-                rows[name, num_thoughts] = summarise(name, subject.config, num_thoughts, predictions, values)
+                scores[subject.name, num_thoughts] = values
+                row = summarise(subject.name, subject.config, num_thoughts, predictions, values)
+                rows[subject.name, num_thoughts] = row
                 if arguments.predictions_to:
                     write_submission(records, predictions, arguments.predictions_to)
         subject.model = None  # makes room for the next
@@ -127,20 +119,11 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     comparisons = [
         compare(rows[mine], rows[other], scores[mine], scores[other])
         for name in (dict.fromkeys(arguments.model) if arguments.compare else ())
-        for mine, other in pair_budgets(budgets, name, arguments.compare)
+        for mine, other in pair_numbers(numbers, name, arguments.compare)
     ]
     rows = list(rows.values())
-    output_dir = Path(arguments.output_dir)
-    report = {"settings": asdict(arguments), "scores": rows, "comparisons": comparisons}
-    (output_dir / "scores.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-    with open(output_dir / "scores.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    if metric:
-        draw(rows, output_dir / "scores.png")
-    print(f"\n{score_table(rows, comparisons)}")
-    print(f"\npredictions, scores.json, scores.csv{' and scores.png' if metric else ''} are in {output_dir}")
+    written = write_scores(arguments.output_dir, asdict(arguments), rows, comparisons)
+    print(f"\n{score_table(rows, comparisons)}\n\n{written}")
     return rows
 
 

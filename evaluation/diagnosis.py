@@ -1,110 +1,106 @@
-"""Runs the experiments on a checkpoint, in files that a killed run goes on with. Knows no score."""
+"""Runs experiments and measurements on a subject, in files that a killed run goes on with. Knows no score."""
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..configuration_multicoco import MultiCoCoConfig
-from .experiments import FORMAT, Experiment, choose_budgets, choose_donors, choose_pictures, plan
+from .experiments import FORMAT, Experiment, Results, plan
+from .measurements import Measurements, first_tokens, measure_attention, measure_geometry, read_lens, texts_of
 from .predictions import describe, read_predictions
 from .subject import Subject
 
 
 class Diagnosis:
     """
-    A checkpoint, the records, and what has been found out so far.
+    A subject and the experiments that it is asked in.
 
     Args:
-        name (`str`): Folder or Hub name of the checkpoint.
-        records (`list[dict]`): From [`load_records`].
-        arguments ([`~diagnose.DiagnoseArguments`]): Settings.
-        device (`torch.device`): Where the model runs.
+        subject ([`Subject`]): The checkpoint and the records; it answers by generation.
+        output_dir (`str`): All files go to a folder of it that the settings name.
+        num_thoughts (`int`, *optional*): Thoughts to examine; what the checkpoint was trained with if not given.
+        batch_size (`int`, defaults to 64): Records at a time.
+        seed (`int`, defaults to 0): Seed of all that is drawn.
         is_control (`bool`, defaults to `False`): Only the experiments that are set beside another checkpoint's.
     """
 
-    def __init__(self, name, records, arguments, device, is_control: bool = False):
-        try:
-            config = MultiCoCoConfig.from_pretrained(name)
-        except OSError as error:
-            raise ValueError(
-                f"`--{'control' if is_control else 'model'}` {name}: no checkpoint can be read there: {error}. Give "
-                "the folder that train.py wrote, or the Hub name of a model."
-            ) from error
-        self.records, self.arguments, self.device = records, arguments, device
-        self.num_thoughts = config.num_thoughts
-        if arguments.num_thoughts is not None and config.num_thoughts is not None:
-            self.num_thoughts = arguments.num_thoughts
-        budgets = [] if self.num_thoughts is None or is_control else choose_budgets(self.num_thoughts)
-        self.subject = Subject(
-            name,
-            records,
-            arguments,
-            device,
-        )
-        self.dataset = self.subject.dataset
-        self.tiles = [row.num_patches_list for row in self.dataset.tokenized]
-        self.budgets = budgets
-        has_images = any(self.tiles)
-        self.first, self.second = plan(self.num_thoughts, budgets, has_images, is_control)
-        self.picture_of = choose_pictures(records, self.tiles, np.random.default_rng((arguments.seed, 0)))
-        self.settings = {
-            **describe(self.subject, records, self.num_thoughts),
-            "format": FORMAT,
-            "seed": arguments.seed,
-        }
+    def __init__(
+        self,
+        subject: Subject,
+        *,
+        output_dir: str | Path,
+        num_thoughts: int | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+        is_control: bool = False,
+    ):
+        self.subject, self.batch_size, self.seed = subject, batch_size, seed
+        self.num_thoughts = subject.numbers_of_thoughts(None if num_thoughts is None else [num_thoughts])[0]
+        self.tiles = [row.num_patches_list for row in subject.dataset.tokenized]
+        self.first, self.second = plan(self.num_thoughts, has_images=any(self.tiles), is_control=is_control)
+        self.settings = {**describe(subject, self.num_thoughts), "format": FORMAT, "seed": seed}
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
-        self.folder = Path(arguments.output_dir) / "experiments" / f"{Path(name).resolve().name}-{digest}"
-        self.lines, self.thoughts = {}, {}  # by experiment: a dictionary per sample; (N, n, D) on the host
-        self.donors = self.mean = self.noise = None
+        self.folder = Path(output_dir) / "experiments" / f"{Path(subject.name).resolve().name}-{digest}"
 
-    def run(self):
+    def run(self) -> Results:
         """Asks what has not been asked yet."""
-        self._run(self.first)
-        if not self.second:
-            return
-        thoughts = self.thoughts["intact"]
-        answers = [line["prediction"] for line in self.lines["intact"]]
-        rng = np.random.default_rng((self.arguments.seed, 1))
-        # The decoy is drawn like the donor, but no thought of it is fed: how often answers agree by chance.
-        self.donors = {
-            "swap": choose_donors(answers, self.tiles, False, rng),
-            "decoy": choose_donors(answers, self.tiles, False, rng),
-            "swap_same": choose_donors(answers, self.tiles, True, rng),
-        }
-        self.mean = thoughts.double().mean(dim=0).to(thoughts.dtype)  # (n, D)
-        generator = torch.Generator().manual_seed(self.arguments.seed)
-        noise = torch.randn(thoughts.shape, generator=generator, dtype=torch.float64)
-        self.noise = (noise / noise.norm(dim=-1, keepdim=True)).to(thoughts.dtype)  # (N, n, D), of norm 1
-        self._run(self.second)
+        subject, experiments = self.subject, [*self.first, *self.second]
+        results = Results(
+            subject.name, subject.config, self.num_thoughts, subject.records, self.tiles, self.seed, experiments
+        )
+        self._run(self.first, results)
+        if self.second:
+            results.draw()
+            self._run(self.second, results)
+        return results
 
-    def _run(self, experiments: Sequence[Experiment]):
-        count, batch_size = len(self.records), self.arguments.batch_size
-        done, recorded = {}, {}
-        for experiment in experiments:
-            path = self.folder / f"{experiment.name}.jsonl"
-            if experiment.records and not path.with_suffix(".safetensors").is_file():
-                path.unlink(missing_ok=True)  # lines without their thoughts are of no use
-                recorded[experiment.name] = []
-            header = {**self.settings, "experiment": asdict(experiment)}
-            done[experiment.name] = read_predictions(path, header)
-            if experiment.records and experiment.name not in recorded and len(done[experiment.name]) < count:
-                path.unlink()  # nor are thoughts without all their lines
-                path.with_suffix(".safetensors").unlink()
-                done[experiment.name], recorded[experiment.name] = read_predictions(path, header), []
+    def measure(self, results: Results, *, num_attention: int, num_drawn: int) -> Measurements | None:
+        """
+        What is read from a model that thinks, beside its answers; `None` of one that does not.
+
+        Args:
+            num_attention (`int`): Records whose attention is averaged; not for a control.
+            num_drawn (`int`): Records whose attention is drawn over the picture; not for a control.
+        """
+        subject, count, size = self.subject, self.num_thoughts, self.batch_size
+        if not count:
+            return None
+        lens = self._kept("lens", lambda: read_lens(subject, count, size))
+        geometry = self._kept("geometry", lambda: measure_geometry(subject, results.thoughts["intact"], size))
+        attention = []
+        if self.second:
+            attention = self._kept(
+                "attention",
+                lambda: measure_attention(subject, count, max(num_attention, num_drawn), num_drawn),
+                num_drawn=num_drawn,
+                num_attention=num_attention,
+            )
+        return Measurements(
+            lens=lens,
+            texts=texts_of(subject, lens),
+            steps=first_tokens(subject),
+            geometry=geometry,
+            attention=attention[:num_attention],
+            drawn=attention[:num_drawn],
+        )
+
+    def _run(self, experiments: Sequence[Experiment], results: Results) -> None:
+        count, recorded = len(results.records), defaultdict(list)
+        done = {experiment.name: self._begin(experiment) for experiment in experiments}
         progress = tqdm(
             total=count * len(experiments), initial=sum(map(len, done.values())), desc=self.subject.name, unit="answer"
         )
-        for start in range(0, count, batch_size):  # batches outside, so that each picture is opened and encoded once
-            rows = list(range(start, min(start + batch_size, count)))
+        for start in range(0, count, self.batch_size):  # batches outside: each picture is opened and encoded once
+            rows = list(range(start, min(start + self.batch_size, count)))
             features = {}
             for experiment in experiments:
                 todo = [row for row in rows if row not in done[experiment.name]]
@@ -112,131 +108,103 @@ class Diagnosis:
                     continue
                 self.subject.load()
                 progress.set_postfix_str(experiment.name)
-                lines, thoughts = self.ask(experiment, rows, features)
+                lines, thoughts = self.ask(experiment, rows, results, features)
                 lines = [line for line in lines if line["index"] in todo]
-                if experiment.records:
-                    recorded[experiment.name].append(thoughts)
-                with open(self.folder / f"{experiment.name}.jsonl", "a", encoding="utf-8") as file:
+                recorded[experiment.name].append(thoughts)
+                with open(self._path(experiment), "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(line) + "\n" for line in lines)
                 done[experiment.name].update({line["index"]: line for line in lines})
                 progress.update(len(lines))
         progress.close()
         for experiment in experiments:
-            self.lines[experiment.name] = [done[experiment.name][row] for row in range(count)]
+            results.lines[experiment.name] = [done[experiment.name][row] for row in range(count)]
             if experiment.records:
-                path = self.folder / f"{experiment.name}.safetensors"
+                path = self._path(experiment).with_suffix(".safetensors")
                 if not path.is_file():
                     save_file({"thoughts": torch.cat(recorded[experiment.name])}, path.with_suffix(".partial"))
                     os.replace(path.with_suffix(".partial"), path)
-                self.thoughts[experiment.name] = load_file(path)["thoughts"]
+                results.thoughts[experiment.name] = load_file(path)["thoughts"]
 
-    def ask(self, experiment: Experiment, rows: Sequence[int], features: dict | None = None):
+    def _path(self, experiment: Experiment) -> Path:
+        return self.folder / f"{experiment.name}.jsonl"
+
+    def _begin(self, experiment: Experiment) -> dict[int, dict[str, Any]]:
+        """Lines of an earlier run by index; where thoughts are recorded, all lines and thoughts or none."""
+        path, header = self._path(experiment), {**self.settings, "experiment": asdict(experiment)}
+        done, thoughts = read_predictions(path, header), path.with_suffix(".safetensors")
+        if experiment.records and (len(done) < len(self.subject.records) or not thoughts.is_file()):
+            path.unlink()
+            thoughts.unlink(missing_ok=True)
+            done = read_predictions(path, header)
+        return done
+
+    def ask(
+        self, experiment: Experiment, rows: Sequence[int], results: Results, features: dict | None = None
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
         """
         The answers of these records in an experiment, and the thoughts `(rows, n, D)` that were fed, if it records.
 
         Args:
+            results ([`Results`]): Of the experiments before, whose thoughts it may feed.
             features (`dict`, *optional*): Visual features of these rows by kind of picture; filled when needed.
         """
-        model = self.subject.model
-        batch = self.prompts(rows, experiment.num_thoughts)
         features = {} if features is None else features
-        if any(self.tiles[row] for row in rows):
-            if experiment.picture not in features:
-                features[experiment.picture] = self.encode(rows, experiment.picture)
-            batch["mm_encoder_outputs"] = {
-                "image": BaseModelOutputWithPooling(pooler_output=features[experiment.picture])
-            }
-            batch["num_patches_list"] = [count for row in rows for count in self.tiles[row]]
+        if experiment.picture not in features:
+            features[experiment.picture] = self.encode(rows, experiment.picture, results)
+        batch = self.subject.inputs(rows, experiment.num_thoughts, features[experiment.picture])
         if experiment.answer_sees != "all":
             batch["answer_sees"] = experiment.answer_sees
         if experiment.feed or experiment.replace:
-            batch["edit_thoughts"] = self.edit(experiment, rows)
-        with torch.no_grad():
-            output = model.generate(
-                **batch,
-                max_new_tokens=self.subject.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                return_thoughts=experiment.records,
-            )
-        thoughts = output.thoughts.cpu() if experiment.records else None
-        tokens = output.sequences if experiment.records else output
-        answers = self.subject.read_answers(tokens[:, batch["input_ids"].shape[1] :])
-        lines = [{"index": row, **answer} for row, answer in zip(rows, answers, strict=True)]
-        return lines, thoughts
+            batch["edit_thoughts"] = self.edit(experiment, rows, results)
+        answers, thoughts = self.subject.write(batch, return_thoughts=experiment.records)
+        return [{"index": row, **answer} for row, answer in zip(rows, answers, strict=True)], thoughts
 
-    def prompts(self, rows: Sequence[int], num_thoughts: int | None) -> dict[str, torch.Tensor]:
-        """Token ids and mask of prompts, padded on the left."""
-        prompts = [self.dataset.prompt(row, num_thoughts)["input_ids"] for row in rows]
-        width = max(map(len, prompts))
-        pad = self.subject.processor.tokenizer.pad_token_id
-        ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        return {
-            "input_ids": torch.tensor(ids, device=self.device),
-            "attention_mask": torch.tensor(mask, device=self.device),
-        }
-
-    def encode(self, rows: Sequence[int], picture: str) -> torch.Tensor:
+    def encode(self, rows: Sequence[int], picture: str, results: Results) -> torch.Tensor | None:
         """Visual features `(tiles, P, D)` of the pictures that [`Experiment`] names; the own where there is none."""
         sources = np.array(rows)
         if picture in ("other", "swap"):
-            others = (self.picture_of if picture == "other" else self.donors["swap"])[sources]
+            others = (results.pictures if picture == "other" else results.donors["swap"])[sources]
             sources = np.where(others >= 0, others, sources)
-        prompts = [self.dataset.prompt(int(source), None) for source in sources]
-        pixels = self.subject.collator.prompts(prompts)["pixel_values"]
-        if picture == "grey":
-            processor = self.subject.processor.image_processor
-            mean, std = torch.tensor([processor.image_mean, processor.image_std], dtype=torch.float64)
-            middle = (0.5 - mean) / std
-            pixels = middle[None, :, None, None].expand_as(pixels)
-        model = self.subject.model
-        with torch.no_grad():
-            return model.extract_feature(pixels.to(self.device, model.dtype))
+        return self.subject.encode(sources.tolist(), self._grey if picture == "grey" else None)
 
-    def edit(self, experiment: Experiment, rows: Sequence[int]):
+    def _grey(self, pixels: torch.Tensor) -> torch.Tensor:
+        processor = self.subject.processor.image_processor
+        mean, std = torch.tensor([processor.image_mean, processor.image_std], dtype=torch.float64)
+        return ((0.5 - mean) / std)[None, :, None, None].expand_as(pixels)
+
+    def edit(
+        self, experiment: Experiment, rows: Sequence[int], results: Results
+    ) -> Callable[[torch.Tensor, int], torch.Tensor]:
         """The function `(thought (rows, D), index) -> thought` of an experiment."""
-        feed = self.thoughts[experiment.feed][rows].to(self.device) if experiment.feed else None  # (rows, n, D)
+        feed = results.thoughts[experiment.feed][rows].to(self.subject.device) if experiment.feed else None
 
         def edit_thoughts(thought, index):
             if feed is not None:
-                thought = feed[:, index]
+                thought = feed[:, index]  # of (rows, n, D)
             if experiment.replace is None or experiment.index not in (None, index):
                 return thought
-            return self.replacement(experiment.replace, thought, index, rows)
+            return self._replacement(experiment.replace, thought, index, rows, results)
 
         return edit_thoughts
 
-    def replacement(self, kind: str, thought: torch.Tensor, index: int, rows: Sequence[int]) -> torch.Tensor:
+    def _replacement(
+        self, kind: str, thought: torch.Tensor, index: int, rows: Sequence[int], results: Results
+    ) -> torch.Tensor:
         """What takes the place of the thoughts `(rows, D)` of one index. Without a donor a thought stays."""
         if kind == "zero":
             return torch.zeros_like(thought)
         if kind == "mean":
-            return self.mean[index].to(thought).expand_as(thought)
+            return results.mean[index].to(thought).expand_as(thought)
         if kind == "noise":
-            return self.noise[rows, index].to(thought) * thought.norm(dim=-1, keepdim=True)
+            return results.noise[rows, index].to(thought) * thought.norm(dim=-1, keepdim=True)
         if kind == "pause":
             model = self.subject.model
             return model.get_input_embeddings().weight[model.config.latent_token_id].expand_as(thought)
-        donors = torch.from_numpy(self.donors[kind][rows])
-        given = self.thoughts["intact"][donors.clamp(min=0), index].to(thought)
+        donors = torch.from_numpy(results.donors[kind][rows])
+        given = results.thoughts["intact"][donors.clamp(min=0), index].to(thought)
         return torch.where((donors >= 0)[:, None].to(thought.device), given, thought)
 
-    def valid(self, experiment: Experiment) -> np.ndarray:
-        """Which samples an experiment changed: those with a donor, with another picture, with a picture."""
-        changed = np.ones(len(self.records), dtype=bool)
-        if experiment.replace in ("swap", "swap_same", "decoy"):
-            changed &= self.donors[experiment.replace] >= 0
-        if experiment.picture == "swap":
-            changed &= self.donors["swap"] >= 0
-        if "other" in (experiment.picture, (experiment.feed or "").removesuffix("-both")):
-            changed &= self.picture_of >= 0
-        of_picture = experiment.picture != "own" or experiment.answer_sees == "no_image"
-        if of_picture or experiment.feed in ("grey-both", "other-both"):
-            changed &= np.array([bool(counts) for counts in self.tiles])
-        return changed
-
-    def kept(self, name: str, compute, **settings):
+    def _kept(self, name: str, compute: Callable[[], Any], **settings: Any) -> Any:
         """The result of `compute()`, or that of an earlier run with the same settings."""
         path = self.folder / f"{name}.json"
         settings = json.loads(json.dumps({**self.settings, **settings}))

@@ -1,4 +1,4 @@
-"""Interventions on thoughts and pictures, and what they show: the experiments, figures and verdicts of diagnose.py.
+"""Interventions on thoughts and pictures: the experiments of diagnose.py, and their results. Knows no model, no score.
 
 A thought is replaced by `edit_thoughts`, inside the loop of passes. Two places are told apart:
 
@@ -11,10 +11,13 @@ the input embedding of a thought's position; the layers above it still attend to
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+
+from ..configuration_multicoco import MultiCoCoConfig
 
 
 FORMAT = 1  # of experiments and their files: raise it when an experiment of the same name means something else
@@ -53,9 +56,74 @@ class Experiment:
     records: bool = False
 
 
-def plan(
-    num_thoughts: int | None, budgets: Sequence[int], has_images: bool, is_control: bool
-) -> tuple[list[Experiment], list[Experiment]]:
+@dataclass
+class Results:
+    """
+    What a checkpoint answered in each experiment, and with which thoughts: plain data that grows as it is asked.
+
+    Args:
+        name (`str`): Folder or Hub name of the checkpoint.
+        config ([`MultiCoCoConfig`]): Its configuration.
+        num_thoughts (`int`, *optional*): Thoughts that it is examined with; `None` for no block.
+        records (`list[dict]`): What was asked; all that follows is in their order.
+        tiles (`list[list[int]]`): Tiles of each picture of a record.
+        seed (`int`): Seed of all that is drawn.
+        experiments (`list[Experiment]`): In the order in which they are shown.
+        lines (`dict[str, list[dict]]`): By experiment `prediction`, `text` and `new_tokens` of each record.
+        thoughts (`dict[str, torch.Tensor]`): By experiment that records, `(N, n, D)` on the host.
+        pictures (`np.ndarray` of shape `(N,)`): The record whose picture is given as another one; -1 for none.
+        donors (`dict[str, np.ndarray]`): The record whose thoughts are given in `"swap"`, `"swap_same"` and
+            `"decoy"`; -1 for none. Empty before [`~Results.draw`].
+        mean, noise (`torch.Tensor` of shape `(n, D)` and `(N, n, D)`, *optional*): What replaces thoughts; noise has
+            norm 1.
+    """
+
+    name: str
+    config: MultiCoCoConfig
+    num_thoughts: int | None
+    records: Sequence[Mapping[str, Any]]
+    tiles: list[list[int]]
+    seed: int
+    experiments: list[Experiment]
+    lines: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    thoughts: dict[str, torch.Tensor] = field(default_factory=dict)
+    donors: dict[str, np.ndarray] = field(default_factory=dict)
+    mean: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+    pictures: np.ndarray = field(init=False)
+
+    def __post_init__(self):
+        self.pictures = choose_pictures(self.records, self.tiles, np.random.default_rng((self.seed, 0)))
+
+    def draw(self) -> None:
+        """Chooses donors, mean and noise, now that the intact run is known."""
+        thoughts = self.thoughts["intact"]
+        answers = [line["prediction"] for line in self.lines["intact"]]
+        rng = np.random.default_rng((self.seed, 1))
+        # The decoy is drawn like the donor, but no thought of it is fed: how often answers agree by chance.
+        for kind in ("swap", "decoy", "swap_same"):
+            self.donors[kind] = choose_donors(answers, self.tiles, rng, same=kind == "swap_same")
+        self.mean = thoughts.double().mean(dim=0).to(thoughts.dtype)
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = torch.randn(thoughts.shape, generator=generator, dtype=torch.float64)
+        self.noise = (noise / noise.norm(dim=-1, keepdim=True)).to(thoughts.dtype)
+
+    def changed(self, experiment: Experiment) -> np.ndarray:
+        """Which records an experiment changed `(N,)`: those with a donor, with another picture, with a picture."""
+        changed = np.ones(len(self.records), dtype=bool)
+        if experiment.replace in ("swap", "swap_same", "decoy"):
+            changed &= self.donors[experiment.replace] >= 0
+        if experiment.picture == "swap":
+            changed &= self.donors["swap"] >= 0
+        if "other" in (experiment.picture, (experiment.feed or "").removesuffix("-both")):
+            changed &= self.pictures >= 0
+        of_picture = experiment.picture != "own" or experiment.answer_sees == "no_image"
+        if of_picture or experiment.feed in ("grey-both", "other-both"):
+            changed &= np.array([bool(counts) for counts in self.tiles])
+        return changed
+
+
+def plan(num_thoughts: int | None, *, has_images: bool, is_control: bool) -> tuple[list[Experiment], list[Experiment]]:
     """The experiments that need nothing, and those that need thoughts and answers of the first."""
     count = num_thoughts or 0
     pictures = ("grey", "other") if has_images else ()
@@ -63,7 +131,8 @@ def plan(
     first += [Experiment(f"{name}-both", num_thoughts, picture=name, records=count > 0) for name in pictures]
     if is_control:
         return first, []
-    first += [Experiment(f"budget-{budget}", budget) for budget in budgets if budget != num_thoughts]
+    numbers = [] if num_thoughts is None else choose_numbers(num_thoughts)
+    first += [Experiment(f"budget-{number}", number) for number in numbers if number != num_thoughts]
     if not count:
         return first, []
     sees = ("no_image", "thoughts_only") if has_images else ("thoughts_only",)
@@ -92,12 +161,14 @@ def name_of(kind: str, index: int, place: str, count: int) -> str:
     return f"{kind}-{index}-{'inside' if index == count - 1 else place}"
 
 
-def choose_budgets(trained: int) -> list[int]:
-    """0 to 2 more than trained; about ten of them."""
+def choose_numbers(trained: int) -> list[int]:
+    """Numbers of thoughts to ask with, from 0 to 2 more than trained; about ten of them."""
     return sorted({round(part * trained / 8) for part in range(9)} | {trained + 1, trained + 2})
 
 
-def choose_donors(answers: Sequence[str], tiles: Sequence[list[int]], same: bool, rng) -> np.ndarray:
+def choose_donors(
+    answers: Sequence[str], tiles: Sequence[list[int]], rng: np.random.Generator, *, same: bool
+) -> np.ndarray:
     """For each sample one with as many tiles whose answer is the same, or another; -1 where there is none."""
     _, codes = np.unique(np.asarray(answers, dtype=str), return_inverse=True)
     _, shapes = np.unique(np.asarray([str(counts) for counts in tiles]), return_inverse=True)
@@ -110,7 +181,9 @@ def choose_donors(answers: Sequence[str], tiles: Sequence[list[int]], same: bool
     return donors
 
 
-def choose_pictures(records: Sequence[Mapping[str, Any]], tiles: Sequence[list[int]], rng) -> np.ndarray:
+def choose_pictures(
+    records: Sequence[Mapping[str, Any]], tiles: Sequence[list[int]], rng: np.random.Generator
+) -> np.ndarray:
     """For each sample another one with other pictures of as many tiles; -1 where there is none."""
     groups = {}
     for sample, counts in enumerate(tiles):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,15 @@ def mean_score_interval(scores: Sequence[float]) -> tuple[float, float]:
     if np.isin(values, (0, 1)).all():
         return wilson_interval(float(values.mean()), len(values))
     return paired_bootstrap(values, np.zeros(len(values)))
+
+
+def rate(scores: Sequence[float]) -> dict[str, Any]:
+    """The mean of scores with its [`mean_score_interval`]; of 0 samples `None`."""
+    values = np.asarray(scores, float)
+    if not len(values):
+        return {"rate": None, "low": None, "high": None, "samples": 0}
+    low, high = mean_score_interval(values)
+    return {"rate": float(values.mean()), "low": low, "high": high, "samples": len(values)}
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
@@ -86,7 +96,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     return float(values.mean()) - half, float(values.mean()) + half
 
 
-def _paired(first, second, dtype=bool) -> tuple[np.ndarray, np.ndarray]:
+def _paired(first: Sequence, second: Sequence, dtype: type = bool) -> tuple[np.ndarray, np.ndarray]:
     if len(first) != len(second) or not len(first):
         raise ValueError(
             f"`first` has {len(first)} samples and `second` {len(second)}, expected the same samples in the same "

@@ -1,45 +1,73 @@
-"""A look at the thoughts themselves: lens, geometry, attention."""
+"""A look at the thoughts of a subject: lens, geometry, attention. Knows no experiment and no file."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import PreTrainedModel
 
 from ..compat import attention_of
-from .diagnosis import Diagnosis
+from .subject import Subject
 
 
 COLLAPSED_SHARE, COLLAPSED_COSINE = 0.01, 0.99
 
 
-def read_lens(diagnosis: Diagnosis, top: int = 5) -> list[list[list[int]]]:
+@dataclass(frozen=True)
+class Measurements:
+    """
+    What was read from a model that thinks, as plain numbers and texts.
+
+    Args:
+        lens (`list[list[list[int]]]`): From [`read_lens`].
+        texts (`dict[int, str]`): Of tokens that the lens shows first.
+        steps (`list[list[int]]`): From [`first_tokens`].
+        geometry (`dict`): From [`measure_geometry`].
+        attention, drawn (`list[dict]`): From [`measure_attention`], to average and to draw; empty for a control.
+    """
+
+    lens: list[list[list[int]]]
+    texts: Mapping[int, str]
+    steps: list[list[int]]
+    geometry: Mapping[str, Any]
+    attention: Sequence[Mapping[str, Any]]
+    drawn: Sequence[Mapping[str, Any]]
+
+
+def read_lens(subject: Subject, num_thoughts: int, batch_size: int, top: int = 5) -> list[list[list[int]]]:
     """
     The `top` tokens that `lm_head` reads from the state that makes each thought: for each sample, for each index.
 
     Where states are fed back, this state is the thought. A model with constant thoughts has such states too, and they
     may hold steps just as well: they are what a control has to show.
     """
-    model, count, found = diagnosis.subject.model, diagnosis.num_thoughts, []
-    for start in range(0, len(diagnosis.records), diagnosis.arguments.batch_size):
-        rows = list(range(start, min(start + diagnosis.arguments.batch_size, len(diagnosis.records))))
-        batch = diagnosis.prompts(rows, count)
-        if any(diagnosis.tiles[row] for row in rows):
-            features = BaseModelOutputWithPooling(pooler_output=diagnosis.encode(rows, "own"))
-            batch["mm_encoder_outputs"] = {"image": features}
+    found = []
+    for start in range(0, len(subject.records), batch_size):
+        rows = range(start, min(start + batch_size, len(subject.records)))
+        batch = subject.inputs(rows, num_thoughts, subject.encode(rows))
         with torch.no_grad():  # every prompt ends in start marker, thoughts and end marker
-            logits = model(**batch, logits_to_keep=count + 2).logits[:, :count]  # (rows, n, V)
+            logits = subject.model(**batch, logits_to_keep=num_thoughts + 2).logits[:, :num_thoughts]  # (rows, n, V)
         found += logits.topk(top, dim=-1).indices.tolist()
     return found
 
 
-def first_tokens(diagnosis: Diagnosis) -> list[list[int]]:
+def texts_of(subject: Subject, lens: Sequence[Sequence[Sequence[int]]], top: int = 3) -> dict[int, str]:
+    """The texts of the `top` tokens of every place of a lens."""
+    tokens = {token for sample in lens for found in sample for token in found[:top]}
+    return {token: subject.processor.tokenizer.decode([token]) for token in tokens}
+
+
+def first_tokens(subject: Subject) -> list[list[int]]:
     """For each sample the first token of each written step (of the first rationale, where there are several)."""
-    return [[step[0] for step in row.rationales[0]] for row in diagnosis.dataset.tokenized]
+    return [[step[0] for step in row.rationales[0]] for row in subject.dataset.tokenized]
 
 
-def lens_hits(lens, steps, c_thought: int, index: int, seed: int) -> dict[str, dict[int, list[bool]]]:
+def lens_hits(
+    lens: Sequence[Sequence[Sequence[int]]], steps: Sequence[Sequence[int]], c_thought: int, index: int, seed: int
+) -> dict[str, dict[int, bool]]:
     """
     Whether the lens reads, from the thought at `index`, the first token of the step that it replaced.
 
@@ -68,21 +96,27 @@ def effective_rank(vectors: torch.Tensor) -> float:
     return float((-(shares * shares.log()).sum()).exp())
 
 
-def measure_geometry(diagnosis: Diagnosis, num_prompts: int = 64) -> dict[str, Any]:
-    """Norms of what the language model is fed; cosines, spread and effective rank of thoughts."""
-    thoughts = diagnosis.thoughts["intact"].double()  # (N, n, D)
-    rows = list(range(min(num_prompts, len(diagnosis.records))))
-    model, batch = diagnosis.subject.model, diagnosis.prompts(rows, diagnosis.num_thoughts)
+def measure_geometry(
+    subject: Subject, thoughts: torch.Tensor, batch_size: int, num_prompts: int = 64
+) -> dict[str, Any]:
+    """
+    Norms of what the language model is fed; cosines, spread and effective rank of thoughts.
+
+    Args:
+        thoughts (`torch.Tensor` of shape `(N, n, D)`): Of all records.
+        num_prompts (`int`, defaults to 64): Records whose texts and pictures are measured.
+    """
+    thoughts = thoughts.double()
+    rows = range(min(num_prompts, len(subject.records)))
+    model, batch = subject.model, subject.inputs(rows, thoughts.shape[1])
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
     with torch.no_grad():
         text = model.get_input_embeddings()(ids)
     is_image = ids == model.config.image_token_id
     norms = {"text": text[real & ~is_image & (ids != model.config.latent_token_id)].double().norm(dim=-1)}
-    if any(diagnosis.tiles[row] for row in rows):
-        size = diagnosis.arguments.batch_size
-        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        parts = [part for part in parts if any(diagnosis.tiles[row] for row in part)]
-        images = [diagnosis.encode(part, "own").double().flatten(0, 1).norm(dim=-1) for part in parts]
+    encoded = [subject.encode(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    images = [part.double().flatten(0, 1).norm(dim=-1) for part in encoded if part is not None]
+    if images:
         norms["image"] = torch.cat(images)
     norms |= {f"thought {index + 1}": thoughts[:, index].norm(dim=-1) for index in range(thoughts.shape[1])}
     units = thoughts / thoughts.norm(dim=-1, keepdim=True).clamp(min=1e-300)
@@ -126,67 +160,48 @@ def collapse_warnings(geometry: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def measure_attention(diagnosis: Diagnosis) -> list[dict[str, Any]]:
+def measure_attention(subject: Subject, num_thoughts: int, num_samples: int, num_drawn: int) -> list[dict[str, Any]]:
     """
     Attention of some samples, one at a time: mean over layers and heads, from the position that makes each thought
     and, last, from the one that writes the answer's first token.
 
     Returns for each sample `shares`, one row a query: image, question (all other text), thoughts; and `picture`, one
-    row a query: weights of the visual tokens of the first image's last tile (its thumbnail, if it has several).
+    row a query: weights of the visual tokens of the first image's last tile (its thumbnail, if it has several), of
+    the first `num_drawn` samples.
     """
-    model, arguments = diagnosis.subject.model, diagnosis.arguments
-    before = attention_of(model.config)
-    model.set_attn_implementation("eager")
-    hooks = [  # before they are recorded: the weights of all heads of a long prompt would be tens of gigabytes
-        layer.self_attn.register_forward_hook(_mean_over_heads, prepend=True)
-        for layer in model.model.language_model.layers
-    ]
-    found = []
-    for row in range(min(max(arguments.num_attention, arguments.num_drawn), len(diagnosis.records))):
-        batch = diagnosis.prompts([row], diagnosis.num_thoughts)
-        if diagnosis.tiles[row]:
-            features = BaseModelOutputWithPooling(pooler_output=diagnosis.encode([row], "own"))
-            batch["mm_encoder_outputs"] = {"image": features}
-        with torch.no_grad():
-            attentions = model(**batch, output_attentions=True).attentions  # a (1, 1, T, T) for each layer
-        weights = torch.stack([layer[0, 0].double() for layer in attentions]).mean(dim=0).cpu()  # (T, T)
-        ids = batch["input_ids"][0].cpu()
-        latents, image = ids == model.config.latent_token_id, ids == model.config.image_token_id
-        queries = [*(latents.nonzero().flatten() - 1).tolist(), len(ids) - 1]
-        shares = [
-            [float(weights[query][group].sum()) for group in (image, ~image & ~latents, latents)] for query in queries
-        ]
-        sample = {"shares": shares, "picture": []}
-        if diagnosis.tiles[row] and row < arguments.num_drawn:
-            size = diagnosis.dataset.num_image_token
-            last = image.nonzero().flatten()[: size * diagnosis.tiles[row][0]][-size:]
-            sample["picture"] = weights[queries][:, last].tolist()
-        found.append(sample)
-    for hook in hooks:
-        hook.remove()
-    model.set_attn_implementation(before)
+    model, found = subject.model, []
+    with _mean_attention(model):
+        for row in range(min(num_samples, len(subject.records))):
+            batch = subject.inputs([row], num_thoughts, subject.encode([row]))
+            with torch.no_grad():
+                attentions = model(**batch, output_attentions=True).attentions  # a (1, 1, T, T) for each layer
+            weights = torch.stack([layer[0, 0].double() for layer in attentions]).mean(dim=0).cpu()  # (T, T)
+            ids = batch["input_ids"][0].cpu()
+            latents, image = ids == model.config.latent_token_id, ids == model.config.image_token_id
+            queries = [*(latents.nonzero().flatten() - 1).tolist(), len(ids) - 1]
+            groups = image, ~image & ~latents, latents
+            shares = [[float(weights[query][group].sum()) for group in groups] for query in queries]
+            picture = []
+            if row < num_drawn and (tiles := batch.get("num_patches_list")):
+                size = subject.dataset.num_image_token
+                last = image.nonzero().flatten()[: size * tiles[0]][-size:]
+                picture = weights[queries][:, last].tolist()
+            found.append({"shares": shares, "picture": picture})
     return found
+
+
+@contextlib.contextmanager
+def _mean_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, layers give the mean of their heads' attention; afterwards the model is as it was, whatever happens."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.set_attn_implementation, attention_of(model.config))
+        model.set_attn_implementation("eager")
+        for layer in model.model.language_model.layers:
+            # Before they are recorded: the weights of all heads of a long prompt would be tens of gigabytes.
+            stack.callback(layer.self_attn.register_forward_hook(_mean_over_heads, prepend=True).remove)
+        yield
 
 
 def _mean_over_heads(module, args, output):
     hidden_states, weights = output
     return hidden_states, weights.mean(dim=1, keepdim=True)
-
-
-def examine(diagnosis: Diagnosis) -> dict[str, Any]:
-    """What is read from a model that thinks, beside the answers of its experiments."""
-    if not diagnosis.num_thoughts:
-        return {}
-    found = {
-        "lens": diagnosis.kept("lens", lambda: read_lens(diagnosis)),
-        "geometry": diagnosis.kept("geometry", lambda: measure_geometry(diagnosis)),
-    }
-    arguments = diagnosis.arguments
-    if diagnosis.second:
-        found["attention"] = diagnosis.kept(
-            "attention",
-            lambda: measure_attention(diagnosis),
-            num_drawn=arguments.num_drawn,
-            num_attention=arguments.num_attention,
-        )
-    return found

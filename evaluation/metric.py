@@ -5,6 +5,7 @@ from typing import Any
 
 
 PERCENT = ("multiple_choice", "direct_answer", "direct_answer_vqa_normalized")  # A-OKVQA's, as its program prints them
+Metric = Callable[[Mapping[str, Any], str], float | None]
 
 
 def as_written(record: Mapping[str, Any], text: str) -> str:
@@ -19,8 +20,13 @@ def check_records(
     max_new_tokens: int | None = None,
     choices_by: str = "generation",
     predict_only: bool = False,
-):
-    """What scoring asks of records beyond what training does."""
+) -> None:
+    """
+    What scoring asks of records beyond what training does.
+
+    Raises:
+        ValueError: a record lacks what the metric compares with.
+    """
     result = metric.rpartition(":")[2]
     if choices_by == "likelihood" or result == "multiple_choice":
         for record in records:
@@ -47,8 +53,16 @@ def check_records(
         )
 
 
-def load_metric(name: str) -> Callable[[Mapping[str, Any], str], float | None]:
-    """`(record, prediction) -> score` from 0 to 1, or `None` for a record that does not count."""
+def load_metric(name: str, *, try_on: Mapping[str, Any] | None = None) -> Metric:
+    """
+    `(record, prediction) -> score` from 0 to 1, or `None` for a record that does not count.
+
+    Args:
+        try_on (`dict`, *optional*): A record to score an empty prediction of, so that wrong names show at once.
+
+    Raises:
+        ValueError: the metric has no result of this name, or its scores are no shares.
+    """
     if name == "exact":
         return lambda record, prediction: float(prediction == record["answer"])
     import datasets
@@ -80,4 +94,6 @@ def load_metric(name: str) -> Callable[[Mapping[str, Any], str], float | None]:
             raise ValueError(f"`--metric {name}`: a sample scores {value}, expected a share from 0 to 1. Rescale it.")
         return value
 
+    if try_on is not None:
+        score(try_on, "")
     return score

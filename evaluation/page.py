@@ -1,4 +1,7 @@
-"""The page of diagnose.py: its report as HTML that asks nothing of a network."""
+"""The report of diagnose.py as one HTML page that asks nothing of a network, and as a table for a terminal.
+
+Knows the report, records and their pictures; no model, and not how a figure came about.
+"""
 
 import base64
 import html
@@ -11,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..processing_multicoco import open_image
-from .diagnosis import Diagnosis
+from ..records import DatasetImage
 from .experiments import KINDS, name_of
 from .measurements import COLLAPSED_COSINE, COLLAPSED_SHARE
 from .verdicts import ALPHA, NOT_SHOWN, USED
@@ -53,6 +56,7 @@ def text(value: Any) -> str:
 
 
 def percent(value: float | None) -> str:
+    """A share in percent."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
@@ -64,6 +68,7 @@ def points(found: Mapping[str, Any] | None) -> str:
 
 
 def p_value(found: Mapping[str, Any] | None) -> str:
+    """McNemar's p of a difference, if it has one."""
     if found is None or found["mcnemar_p"] is None:
         return "-"
     return f"{found['mcnemar_p']:.2g}"
@@ -123,6 +128,7 @@ def line_chart(
 
 
 def section(title: str, *parts: str) -> str:
+    """A part of the page; empty pieces are left out."""
     return f"<section><h2>{title}</h2>\n" + "\n".join(part for part in parts if part) + "\n</section>"
 
 
@@ -149,14 +155,22 @@ def loss_rows(experiments: Mapping[str, Any], names: Mapping[str, str]) -> list[
 LOSS_HEAD = ("", "accuracy", "answers flipped", "intact minus this, points [95 %]", "", "McNemar's p", "samples")
 
 
-def draw_attention(diagnosis: Diagnosis, attention: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """For each drawn sample its question, and its picture as data URIs: plain, then under each query's attention."""
+def draw_attention(
+    records: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, list[str]]]:
+    """
+    For each sample with a picture its question, and the picture as data URIs: plain, then under each query's
+    attention.
+
+    Args:
+        samples (`list[dict]`): Attention of the first records, from [`measure_attention`].
+    """
     drawn = []
-    for row, sample in enumerate(attention[: diagnosis.arguments.num_drawn]):
+    for row, (record, sample) in enumerate(zip(records, samples, strict=False)):
         if not sample["picture"]:
             continue
-        image = diagnosis.records[row]["images"][0]
-        image = open_image(image.open() if hasattr(image, "row") else image, row, 0)
+        image = record["images"][0]
+        image = open_image(image.open() if isinstance(image, DatasetImage) else image, row, 0)
         image = image.resize((112, max(1, round(112 * image.height / image.width))), Image.Resampling.NEAREST)
         weights = np.array(sample["picture"])  # (queries, P)
         weights /= weights.max()
@@ -167,7 +181,7 @@ def draw_attention(diagnosis: Diagnosis, attention: Sequence[Mapping[str, Any]])
             mask = mask.resize(image.size, Image.Resampling.NEAREST)
             dark = Image.eval(image, lambda value: value // 5)
             pictures.append(_data_uri(Image.composite(image, dark, mask)))
-        drawn.append((diagnosis.records[row]["question"], pictures))
+        drawn.append((record["question"], pictures))
     return drawn
 
 
@@ -190,6 +204,7 @@ WITHOUT_DONOR = {
 
 
 def verdict_section(report: Mapping[str, Any]) -> str:
+    """What the tests say, in words."""
     found = report.get("thoughts")
     parts = []
     if found is None:
@@ -247,7 +262,8 @@ def rule(num_tests: int) -> str:
     )
 
 
-def budget_section(report: Mapping[str, Any]) -> str:
+def numbers_section(report: Mapping[str, Any]) -> str:
+    """Accuracy against the number of thoughts."""
     experiments, trained = report["experiments"], report["model"]["num_thoughts"]
     rows = {
         row["num_thoughts"]: row for name, row in experiments.items() if name == "intact" or name.startswith("budget-")
@@ -274,6 +290,7 @@ def budget_section(report: Mapping[str, Any]) -> str:
 
 
 def damage_section(report: Mapping[str, Any]) -> str:
+    """All thoughts replaced, and one at a time."""
     experiments, count = report["experiments"], report["model"]["num_thoughts"]
     names = {"intact": "intact"} | {f"{kind}-all": text(label) for kind, label in KINDS.items()}
     names |= {"noise-all-after": "noise of the norm of the untouched thought, after the loop"}
@@ -297,6 +314,7 @@ def damage_section(report: Mapping[str, Any]) -> str:
 
 
 def swap_section(report: Mapping[str, Any]) -> str:
+    """Whose answer is given with the thoughts of another sample."""
     found = report["thoughts"]
     names = {"swap-all": "donor had another answer", "swap_same-all": "donor had the same answer"}
     shares = {
@@ -324,6 +342,7 @@ def swap_section(report: Mapping[str, Any]) -> str:
 
 
 def picture_section(report: Mapping[str, Any]) -> str:
+    """Grey and other pictures for thoughts, answer or both."""
     names = {"intact": "own picture"}
     for name, label in (("grey", "a grey picture"), ("other", "another sample's picture")):
         names |= {
@@ -343,6 +362,7 @@ def picture_section(report: Mapping[str, Any]) -> str:
 
 
 def bottleneck_section(report: Mapping[str, Any]) -> str:
+    """The answer without sight of picture or question."""
     names = {
         "intact": "the answer sees all",
         "sees-no_image": "all but the picture",
@@ -358,6 +378,7 @@ def bottleneck_section(report: Mapping[str, Any]) -> str:
 
 
 def lens_section(report: Mapping[str, Any]) -> str:
+    """How often a replaced step is read from a thought."""
     has_control = any("control" in row for row in report["lens"])
     head = ["", "step", "first", "first five", "by chance", "first minus chance [95 %]", "McNemar's p"]
     head += ["control", "first minus control [95 %]", "McNemar's p"] if has_control else []
@@ -384,6 +405,7 @@ def lens_section(report: Mapping[str, Any]) -> str:
 
 
 def geometry_section(report: Mapping[str, Any]) -> str:
+    """Norms, cosines, spread and rank of thoughts."""
     parts = []
     for name, geometry in (("", report["geometry"]), ("control: ", report.get("control", {}).get("geometry"))):
         if geometry is None:
@@ -419,6 +441,7 @@ def geometry_section(report: Mapping[str, Any]) -> str:
 
 
 def attention_section(report: Mapping[str, Any], pictures: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Where positions look, as shares and over pictures."""
     found = report["attention"]
     count = len(found["shares"]) - 1
     labels = [f"makes thought {index + 1}" for index in range(count)] + ["writes the answer's first token"]
@@ -439,6 +462,7 @@ def attention_section(report: Mapping[str, Any], pictures: Sequence[tuple[str, S
 
 
 def example_section(report: Mapping[str, Any]) -> str:
+    """Some samples as plain text."""
     parts = []
     for example in report["examples"]:
         items = {"record": example["id"], "question": example["question"]}
@@ -458,7 +482,7 @@ def page(report: Mapping[str, Any], pictures: Sequence[tuple[str, Sequence[str]]
     model = report["model"]
     parts = [verdict_section(report)]
     if any(name.startswith("budget-") for name in report["experiments"]):
-        parts.append(budget_section(report))
+        parts.append(numbers_section(report))
     if "thoughts" in report:
         parts += [damage_section(report), swap_section(report)]
     if "picture" in report:
@@ -479,3 +503,21 @@ def page(report: Mapping[str, Any], pictures: Sequence[tuple[str, Sequence[str]]
 {chr(10).join(parts)}
 </main></body></html>
 """
+
+
+def report_table(report: Mapping[str, Any]) -> str:
+    """The report as a table for the terminal."""
+    width = max(map(len, report["experiments"])) + 2
+    lines = [
+        f"{'experiment':{width}}{'accuracy':>9}{'flipped':>9}  {'intact minus this, points [95 %]':>32}  {'p':>8}"
+    ]
+    for name, row in report["experiments"].items():
+        accuracy, flips = percent(row["accuracy"]["rate"]), percent(row["flips"]["rate"])
+        lines.append(f"{name:{width}}{accuracy:>9}{flips:>9}  {points(row['loss']):>32}  {p_value(row['loss']):>8}")
+    if found := report.get("thoughts"):
+        lines.append(f"\nThe thoughts are {found['verdict']}.")
+        for name, row in found["following"].items():
+            donor, decoy = percent(row["donor"]["rate"]), percent(row["decoy"]["rate"])
+            beside = f"{WITHOUT_DONOR[name]}: {decoy}"
+            lines.append(f"Under {FOLLOWING[name]}, the answer is the donor's in {donor} ({beside}).")
+    return "\n".join(lines)

@@ -20,12 +20,12 @@ from .subject import Subject
 MODEL_FILES = ("*.safetensors", "*config.json", "tokenizer*", "*.jinja")
 
 
-def describe(subject: Subject, records: Sequence[Mapping[str, Any]], num_thoughts: int | None) -> dict[str, Any]:
+def describe(subject: Subject, num_thoughts: int | None) -> dict[str, Any]:
     """All that the predictions depend on. Files of models and images go in by size and time, not by content."""
     arguments = subject.arguments
     model_files = [path for pattern in MODEL_FILES for path in sorted(Path(subject.name).glob(pattern))]
     digest = hashlib.sha256()
-    for record in records:
+    for record in subject.records:
         images = [
             [image, *_stamp(image)] if isinstance(image, str) else [image.row, image.column, image.index]
             for image in record["images"]
@@ -54,8 +54,8 @@ def _stamp(path: str | Path) -> list[int]:
 def predictions_path(output_dir: str | Path, header: Mapping[str, Any]) -> Path:
     """Other settings have another file: they start anew, and what was predicted before stays."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
-    budget = "no_block" if header["num_thoughts"] is None else header["num_thoughts"]
-    return Path(output_dir) / "predictions" / f"{Path(header['model']).resolve().name}-{budget}-{digest[:8]}.jsonl"
+    number = "no_block" if header["num_thoughts"] is None else header["num_thoughts"]
+    return Path(output_dir) / "predictions" / f"{Path(header['model']).resolve().name}-{number}-{digest[:8]}.jsonl"
 
 
 def read_predictions(path: Path, header: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
@@ -84,7 +84,6 @@ def read_predictions(path: Path, header: Mapping[str, Any]) -> dict[int, dict[st
 
 def predict(
     subject: Subject,
-    records: Sequence[Mapping[str, Any]],
     num_thoughts: int | None,
     state: PartialState,
     output_dir: str | Path,
@@ -95,9 +94,9 @@ def predict(
 
     All ranks share what is not in the file yet and ask equally often; surplus places repeat a record, uncounted.
     """
-    done, path = {}, None
+    records, done, path = subject.records, {}, None
     if state.is_main_process:
-        header = describe(subject, records, num_thoughts)
+        header = describe(subject, num_thoughts)
         path = predictions_path(output_dir, header)
         done = read_predictions(path, header)
     shared = [[index for index in range(len(records)) if index not in done]]
@@ -149,7 +148,9 @@ def read_submission(path: str | Path) -> dict[str, dict[str, str]]:
     return answers
 
 
-def write_submission(records, predictions, path: str | Path):
+def write_submission(
+    records: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]], path: str | Path
+) -> None:
     """Adds to a file in A-OKVQA's form: multiple choice from records with choices, direct answers from the others."""
     answers = read_submission(path)
     for record, line in zip(records, predictions, strict=True):

@@ -5,11 +5,12 @@ What is asked are the records of [`StageDataset`]; who asks gives their indices 
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..configuration_multicoco import MultiCoCoConfig
 from ..curriculum import CurriculumArguments, final_answer
@@ -51,10 +52,23 @@ class AskArguments(RecordArguments):
                 "metrics/answer_accuracy.py:numeric_match. Correct the path, or name the result."
             )
 
+    def read_data(self, *, needs_answer: bool = True) -> list[dict[str, Any]]:
+        """The records of `--data`, with or without written steps."""
+        return self.read(self.data, split=self.split, needs_steps=False, needs_answer=needs_answer)
+
 
 class Subject:
     """
     A checkpoint, and the records as it is asked them.
+
+    Args:
+        name (`str`): Folder or Hub name of the checkpoint.
+        records (`list[dict]`): From [`load_records`].
+        arguments ([`AskArguments`]): How it is loaded and asked.
+        device (`torch.device`): Where the model runs.
+        choices_by (`str`, defaults to `"generation"`): Or `"likelihood"`: the answer is the likeliest choice.
+        attn_implementation (`str`, *optional*): transformers' choice if not given.
+        flag (`str`, defaults to `"--model"`): What errors call the name.
 
     Raises:
         ValueError: the checkpoint cannot be read, or a record cannot be asked, see [`StageDataset`].
@@ -69,16 +83,17 @@ class Subject:
         *,
         choices_by: str = "generation",
         attn_implementation: str | None = None,
+        flag: str = "--model",
     ):
         try:
             self.config = MultiCoCoConfig.from_pretrained(name)
             self.processor = arguments.load_processor(name)
         except OSError as error:
             raise ValueError(
-                f"`--model` {name}: no checkpoint can be read there: {error}. Give the folder that train.py wrote, or "
+                f"`{flag}` {name}: no checkpoint can be read there: {error}. Give the folder that train.py wrote, or "
                 "the Hub name of a model."
             ) from error
-        self.name, self.arguments, self.device = name, arguments, device
+        self.name, self.records, self.arguments, self.device = name, records, arguments, device
         self.choices_by, self.attn_implementation = choices_by, attn_implementation
         self.model = None  # of several checkpoints only one is loaded at a time
         self.collator = ReasoningCollator(self.processor)
@@ -93,12 +108,12 @@ class Subject:
         self.dataset = StageDataset(records, self.processor, CurriculumArguments())  # asked by number, not by stage
         self.max_new_tokens = arguments.max_new_tokens or self.dataset.max_new_tokens()
 
-    def budgets(self, asked: Sequence[int] | None) -> list[int | None]:
+    def numbers_of_thoughts(self, asked: Sequence[int] | None) -> list[int | None]:
         """The numbers of thoughts to ask with: its own if none are wanted, and nothing else if it has no block."""
         own = self.config.num_thoughts
         return [own] if own is None or not asked else list(dict.fromkeys(asked))
 
-    def load(self):
+    def load(self) -> None:
         """Loads the model, if it is not there yet."""
         if self.model is not None:
             return
@@ -112,12 +127,53 @@ class Subject:
         with torch.no_grad():
             return ask(indices, num_thoughts)
 
+    def inputs(
+        self, indices: Sequence[int], num_thoughts: int | None, features: torch.Tensor | None = None
+    ) -> dict[str, Any]:
+        """
+        Prompts as the model takes them: ids and mask `(rows, T)`, padded on the left.
+
+        Args:
+            features (`torch.Tensor` of shape `(tiles, P, D)`, *optional*): What the pictures of the prompts look
+                like, from [`~Subject.encode`].
+        """
+        prompts = [self.dataset.prompt(index, num_thoughts) for index in indices]
+        batch = _to(self.collator.prompts(prompts, with_images=False), self.device)
+        if features is not None:
+            batch["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+            batch["num_patches_list"] = [count for prompt in prompts for count in prompt["num_patches_list"]]
+        return batch
+
+    def encode(
+        self, indices: Sequence[int], edit_pixels: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor | None:
+        """Visual features `(tiles, P, D)` of the pictures of these records; `None` if they have none."""
+        pixels = self.collator.prompts([self.dataset.prompt(index, None) for index in indices]).get("pixel_values")
+        if pixels is None:
+            return None
+        pixels = pixels if edit_pixels is None else edit_pixels(pixels)
+        with torch.no_grad():
+            return self.model.extract_feature(pixels.to(self.device, self.model.dtype))
+
+    def write(
+        self, batch: Mapping[str, Any], *, return_thoughts: bool = False, **kwargs: Any
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
+        """Greedy answers to a batch of prompts, and on the host the thoughts `(rows, n, D)`, if wanted."""
+        with torch.no_grad():
+            output = self.model.generate(
+                **batch,
+                **kwargs,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                return_thoughts=return_thoughts,
+            )
+        tokens, thoughts = (output.sequences, output.thoughts.cpu()) if return_thoughts else (output, None)
+        return self.read_answers(tokens[:, batch["input_ids"].shape[1] :]), thoughts
+
     def _generate(self, indices: Sequence[int], num_thoughts: int | None) -> list[dict[str, Any]]:
         batch = self.collator.prompts([self.dataset.prompt(index, num_thoughts) for index in indices])
-        length = batch["input_ids"].shape[1]
-        batch = _to(batch, self.device)
-        output = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
-        return self.read_answers(output[:, length:])
+        return self.write(_to(batch, self.device))[0]
 
     def read_answers(self, tokens: torch.Tensor) -> list[dict[str, Any]]:
         """From new tokens `(rows, number)` the text, its number of tokens, and what stands after the last `### `."""
@@ -150,5 +206,5 @@ class Subject:
         return answers
 
 
-def _to(batch: Mapping[str, Any], device) -> dict[str, Any]:
+def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}

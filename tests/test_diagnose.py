@@ -17,6 +17,7 @@ from multicoco.evaluation import diagnosis as diagnosing
 from multicoco.evaluation import experiments, measurements, verdicts
 from multicoco.evaluation import page as diagnosis_page
 from multicoco.evaluation.settings import parse_settings
+from multicoco.evaluation.subject import Subject
 from multicoco.recipes.trails.prepare import COLOURS, cell_name, prepare
 from multicoco.recipes.trails.start_model import make_model, make_processor
 from multicoco.records import load_records
@@ -294,7 +295,10 @@ def test_random_models_yield_no_false_verdict(folder, tmp_path, trails_processor
 
 @pytest.fixture(scope="module")
 def scratch(folder):
-    """A diagnosis of the random model on 6 samples in float64, and the thoughts of each picture by plain recompute."""
+    """
+    A diagnosis of the random model on 6 samples in float64, its results, and the thoughts of each picture by plain
+    recompute.
+    """
     arguments = parse_settings(
         diagnose.DiagnoseArguments,
         "",
@@ -303,34 +307,35 @@ def scratch(folder):
     arguments.max_new_tokens = 4
     records = load_records(arguments.data)[:6]
     with widened():
-        diagnosis = diagnosing.Diagnosis(arguments.model, records, arguments, torch.device("cpu"))
-        diagnosis.run()
-        diagnosis.subject.load()
+        subject = Subject(arguments.model, records, arguments, torch.device("cpu"))
+        diagnosis = diagnosing.Diagnosis(subject, output_dir=arguments.output_dir, batch_size=arguments.batch_size)
+        results = diagnosis.run()
+        subject.load()
         thoughts = {
-            picture: torch.stack([plain_embeds(diagnosis, row, picture)[1] for row in range(6)])
+            picture: torch.stack([plain_embeds(subject, results, row, picture)[1] for row in range(6)])
             for picture in ("own", "grey", "other")
         }
-    return diagnosis, thoughts
+    return diagnosis, results, thoughts
 
 
-def plain_embeds(diagnosis, row, picture="own", edit=None):
+def plain_embeds(subject, results, row, picture="own", edit=None):
     """(T, D) embeddings of one prompt and its thoughts (n, D), whole prefixes again for every thought."""
-    others = {"other": diagnosis.picture_of, "swap": diagnosis.donors["swap"] if diagnosis.donors else None}
+    others = {"other": results.pictures, "swap": results.donors["swap"]}
     source = int(others[picture][row]) if picture in others else row
-    pixels = diagnosis.subject.collator.prompts([diagnosis.dataset.prompt(source, 0)])["pixel_values"].double()
+    pixels = subject.collator.prompts([subject.dataset.prompt(source, 0)])["pixel_values"].double()
     if picture == "grey":
-        image_processor = diagnosis.subject.processor.image_processor
+        image_processor = subject.processor.image_processor
         grey = np.full((56, 56, 3), 127.5) / 255
         pixels[0] = torch.from_numpy((grey - image_processor.image_mean) / image_processor.image_std).permute(2, 0, 1)
-    ids = torch.tensor(diagnosis.dataset.prompt(row, NUM_THOUGHTS)["input_ids"])
+    ids = torch.tensor(subject.dataset.prompt(row, NUM_THOUGHTS)["input_ids"])
     with torch.no_grad():
-        embeds, thoughts = reference_embeds(diagnosis.subject.model, ids, pixels, edit)
+        embeds, thoughts = reference_embeds(subject.model, ids, pixels, edit)
     return embeds, torch.stack(thoughts)
 
 
-def plain_answer(diagnosis, embeds):
+def plain_answer(subject, embeds):
     """Greedy tokens, the whole sequence again for every one, decoded."""
-    model, tokens = diagnosis.subject.model, []
+    model, tokens = subject.model, []
     with torch.no_grad():
         while len(tokens) < 4 and model.generation_config.eos_token_id not in tokens:
             hidden = model.model.language_model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0, -1]
@@ -338,24 +343,24 @@ def plain_answer(diagnosis, embeds):
             scores[model.generation_config.suppress_tokens] = -torch.inf
             tokens.append(int(scores.argmax()))
             embeds = torch.cat([embeds, model.get_input_embeddings().weight[tokens[-1:]]])
-    return diagnosis.subject.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+    return subject.processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def plain_edit(diagnosis, thoughts, experiment, row):
+def plain_edit(subject, results, thoughts, experiment, row):
     """What an experiment feeds, straight from its name and the thoughts of a plain recompute."""
     kind, *rest = experiment.name.split("-")
-    model = diagnosis.subject.model
+    model = subject.model
 
     def replaced(thought, index):
         own = thoughts["own"]
         return {
             "zero": lambda: torch.zeros_like(thought),
             "mean": lambda: own[:, index].mean(dim=0, keepdim=True),
-            "noise": lambda: thought.norm() * diagnosis.noise[row, index][None],
+            "noise": lambda: thought.norm() * results.noise[row, index][None],
             "pause": lambda: model.get_input_embeddings().weight[model.config.latent_token_id][None],
-            "swap": lambda: own[diagnosis.donors["swap"][row], index][None],
-            "swap_same": lambda: own[diagnosis.donors["swap_same"][row], index][None],
-            "decoy": lambda: own[diagnosis.donors["decoy"][row], index][None],
+            "swap": lambda: own[results.donors["swap"][row], index][None],
+            "swap_same": lambda: own[results.donors["swap_same"][row], index][None],
+            "decoy": lambda: own[results.donors["decoy"][row], index][None],
         }[kind]()
 
     def edit(thought, index):
@@ -380,43 +385,43 @@ PLAIN = (
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_an_intervention_equals_a_recompute_from_scratch_with_the_edited_embeddings(scratch, name):
-    diagnosis, thoughts = scratch
+    diagnosis, results, thoughts = scratch
     experiment = next(item for item in diagnosis.second if item.name == name)
     rows = [1, 4, 5]
     with widened():
-        lines, fed = diagnosis.ask(dataclasses.replace(experiment, records=True), rows)
+        lines, fed = diagnosis.ask(dataclasses.replace(experiment, records=True), rows, results)
         for place, row in enumerate(rows):
-            if not diagnosis.valid(experiment)[row]:
+            if not results.changed(experiment)[row]:
                 continue
-            edit = plain_edit(diagnosis, thoughts, experiment, row)
-            embeds, expected = plain_embeds(diagnosis, row, experiment.picture, edit)
+            edit = plain_edit(diagnosis.subject, results, thoughts, experiment, row)
+            embeds, expected = plain_embeds(diagnosis.subject, results, row, experiment.picture, edit)
             torch.testing.assert_close(fed[place], expected, atol=1e-9, rtol=0)
-            assert lines[place]["text"] == plain_answer(diagnosis, embeds)
-            kept = diagnosis.lines[name][row]  # asked with other neighbours
+            assert lines[place]["text"] == plain_answer(diagnosis.subject, embeds)
+            kept = results.lines[name][row]  # asked with other neighbours
             assert kept["text"] == lines[place]["text"]
 
 
 def test_pictures_are_those_of_a_recompute_from_scratch(scratch):
-    diagnosis, thoughts = scratch
+    _, results, thoughts = scratch
     for picture, name in (("own", "intact"), ("grey", "grey-both"), ("other", "other-both")):
-        torch.testing.assert_close(diagnosis.thoughts[name], thoughts[picture], atol=1e-9, rtol=0)
+        torch.testing.assert_close(results.thoughts[name], thoughts[picture], atol=1e-9, rtol=0)
     assert not torch.allclose(thoughts["own"], thoughts["grey"], atol=1e-3)
-    assert (diagnosis.picture_of != np.arange(6)).all()
-    torch.testing.assert_close(diagnosis.noise.norm(dim=-1), torch.ones(6, NUM_THOUGHTS, dtype=torch.float64))
+    assert (results.pictures != np.arange(6)).all()
+    torch.testing.assert_close(results.noise.norm(dim=-1), torch.ones(6, NUM_THOUGHTS, dtype=torch.float64))
 
 
 def test_recorded_thoughts_fed_again_change_nothing(scratch):
-    diagnosis, _ = scratch
+    diagnosis, results, _ = scratch
     again = experiments.Experiment("again", NUM_THOUGHTS, feed="intact")
-    lines, _ = diagnosis.ask(again, range(6))
-    assert [line["text"] for line in lines] == [line["text"] for line in diagnosis.lines["intact"]]
+    lines, _ = diagnosis.ask(again, range(6), results)
+    assert [line["text"] for line in lines] == [line["text"] for line in results.lines["intact"]]
 
 
 def test_donors_have_the_answer_they_should_and_as_many_tiles():
     answers, tiles = ["a", "b", "a", "b", "a", "c"], [[1], [1], [1], [2], [2], [1]]
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        same, other = (experiments.choose_donors(answers, tiles, wanted, rng) for wanted in (True, False))
+        same, other = (experiments.choose_donors(answers, tiles, rng, same=wanted) for wanted in (True, False))
         assert same.tolist() == [2, -1, 0, -1, -1, -1]
         assert other[3] == 4
         assert other[4] == 3
@@ -426,11 +431,11 @@ def test_donors_have_the_answer_they_should_and_as_many_tiles():
 
 
 def test_lens_and_attention_equal_plain_ones(scratch):
-    diagnosis, thoughts = scratch
-    model = diagnosis.subject.model
+    diagnosis, results, thoughts = scratch
+    subject, model = diagnosis.subject, diagnosis.subject.model
     with widened():
-        lens = measurements.read_lens(diagnosis)
-        attention = measurements.measure_attention(diagnosis)
+        lens = measurements.read_lens(subject, NUM_THOUGHTS, batch_size=4)
+        attention = measurements.measure_attention(subject, NUM_THOUGHTS, num_samples=3, num_drawn=2)
     expected = model.lm_head(thoughts["own"]).topk(5).indices
     assert lens == expected.tolist()
     for sample in attention:
@@ -444,26 +449,43 @@ def test_lens_and_attention_equal_plain_ones(scratch):
 
     model.set_attn_implementation("eager")
     with torch.no_grad(), widened():
-        embeds, _ = plain_embeds(diagnosis, 0)
+        embeds, _ = plain_embeds(subject, results, 0)
         output = model.model.language_model(inputs_embeds=embeds[None], use_cache=False, output_attentions=True)
     model.set_attn_implementation("sdpa")
     weights = torch.stack(output.attentions)[:, 0].mean(dim=(0, 1))  # over layers and heads: (T, T)
-    ids = torch.tensor(diagnosis.dataset.prompt(0, NUM_THOUGHTS)["input_ids"])
+    ids = torch.tensor(subject.dataset.prompt(0, NUM_THOUGHTS)["input_ids"])
     latents, image = ids == model.config.latent_token_id, ids == model.config.image_token_id
     for query, shares in zip([*(latents.nonzero().flatten() - 1).tolist(), -1], attention[0]["shares"], strict=True):
         expected = [weights[query][group].sum() for group in (image, ~image & ~latents, latents)]
         assert shares == pytest.approx([float(share) for share in expected])
 
 
+def test_a_failed_look_at_attention_leaves_the_model_as_it_was(scratch, monkeypatch):
+    """An error inside, as of memory, left the slow attention and a hook in every layer behind."""
+    subject = scratch[0].subject
+    layers = subject.model.model.language_model.layers
+
+    def fail(module, args, output):
+        assert subject.model.config._attn_implementation == "eager"
+        raise MemoryError
+
+    before = [dict(layer.self_attn._forward_hooks) for layer in layers]
+    monkeypatch.setattr(measurements, "_mean_over_heads", fail)
+    with pytest.raises(MemoryError):
+        measurements.measure_attention(subject, NUM_THOUGHTS, num_samples=1, num_drawn=0)
+    assert subject.model.config._attn_implementation == "sdpa"
+    assert [dict(layer.self_attn._forward_hooks) for layer in layers] == before
+
+
 def test_the_lens_of_constant_thoughts_reads_the_states_before_them(scratch, monkeypatch):
     """Else a control would show nothing, whatever its states hold."""
-    diagnosis, _ = scratch
-    model = diagnosis.subject.model
+    diagnosis, results, _ = scratch
+    subject, model = diagnosis.subject, diagnosis.subject.model
     monkeypatch.setattr(model.config, "thought_feedback", "latent_one_pass")
     constant = model.get_input_embeddings().weight[model.config.latent_token_id]
     with widened():
-        lens = measurements.read_lens(diagnosis)
-        embeds, _ = plain_embeds(diagnosis, 1, edit=lambda thought, index: constant[None])
+        lens = measurements.read_lens(subject, NUM_THOUGHTS, batch_size=4)
+        embeds, _ = plain_embeds(subject, results, 1, edit=lambda thought, index: constant[None])
         states = model.model.language_model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0]
     assert lens[1] == model.lm_head(states)[-NUM_THOUGHTS - 2 : -2].topk(5).indices.tolist()
 
@@ -590,9 +612,9 @@ def test_the_page_opens_in_chromium(folder, reports, tmp_path, width):
 def test_a_rerun_skips_what_is_finished(folder, tmp_path, monkeypatch):
     asked, ask = [], diagnosing.Diagnosis.ask
 
-    def recorded(self, experiment, rows, features=None):
+    def recorded(self, experiment, rows, results, features=None):
         asked.append((experiment.name, list(rows)))
-        return ask(self, experiment, rows, features)
+        return ask(self, experiment, rows, results, features)
 
     monkeypatch.setattr(diagnosing.Diagnosis, "ask", recorded)
     words = flags(folder, "random", tmp_path / "out", "--max_samples", 4, "--batch_size", 2)

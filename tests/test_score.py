@@ -225,7 +225,7 @@ def test_other_settings_data_or_weights_start_anew(folder, tmp_path):
     def path(records=records, budget=None, **settings):
         arguments = ScoreArguments(model=[str(tmp_path / "model")], data="asked.jsonl", **settings)
         subject = Subject(str(tmp_path / "model"), records, arguments, torch.device("cpu"))
-        return predictions_path(tmp_path, describe(subject, records, budget))
+        return predictions_path(tmp_path, describe(subject, budget))
 
     first = path()
     assert path() == path(batch_size=1) == path(metric="exact") == first  # how it is computed, not what is asked
