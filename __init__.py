@@ -10,12 +10,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration_multicoco import IMAGE_CONTEXT_TOKEN, IMAGE_PLACEHOLDER, MODES, OWN, MultiCoCoConfig
-from .modeling_multicoco import (
-    InternVLChatModel,
-    MultiCoCoForConditionalGeneration,
-    add_thought_tokens,
-    export_internvl,
-)
+from .modeling_internvl_chat import InternVLChatModel
+from .modeling_multicoco import MultiCoCoForConditionalGeneration, add_thought_tokens, export_internvl
 from .processing_multicoco import MultiCoCoProcessor
 
 
