@@ -17,12 +17,8 @@ from .configuration_multicoco import (
     MultiCoCoConfig,
     chat_template,
 )
-from .modeling_multicoco import (
-    InternVLChatModel,
-    MultiCoCoForConditionalGeneration,
-    add_thought_tokens,
-    export_internvl,
-)
+from .modeling_internvl_chat import InternVLChatModel
+from .modeling_multicoco import MultiCoCoForConditionalGeneration, add_thought_tokens, export_internvl
 from .processing_multicoco import MultiCoCoProcessor
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from conftest import CHECKPOINT, GOLDEN
 from PIL import Image
 from transformers import AutoProcessor, ByT5Tokenizer, InternVLConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from multicoco import MultiCoCoConfig, MultiCoCoProcessor
 from multicoco.processing_multicoco import RESERVED_TOKENS, expand_image_tokens, prepare_tokenizer
@@ -360,13 +363,11 @@ HF_IMAGE_PROCESSOR = {  # the fields of an `-hf` checkpoint's file
 }
 
 
-@pytest.fixture(params=["preprocessor_config", "processor_config"])
-def hf_folder(request, tmp_path):
-    """A folder as of `OpenGVLab/InternVL3-*-hf`: native configuration, tokenizer, image processor in either file."""
+def write_hf_folder(tmp_path, place):
     values = MultiCoCoConfig.from_pretrained(CHECKPOINT).to_dict()
     names = ("vision_config", "text_config", "image_token_id", "image_seq_length", "downsample_ratio")
     InternVLConfig(**{name: values[name] for name in names}, tie_word_embeddings=False).save_pretrained(tmp_path)
-    if request.param == "preprocessor_config":
+    if place == "preprocessor_config":
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(HF_IMAGE_PROCESSOR))
         own = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
     else:
@@ -374,6 +375,12 @@ def hf_folder(request, tmp_path):
     (tmp_path / "processor_config.json").write_text(json.dumps(own))
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         shutil.copy(CHECKPOINT / name, tmp_path / name)
+
+
+@pytest.fixture(params=["preprocessor_config", "processor_config"])
+def hf_folder(request, tmp_path):
+    """A folder as of `OpenGVLab/InternVL3-*-hf`: native configuration, tokenizer, image processor in either file."""
+    write_hf_folder(tmp_path, request.param)
     return tmp_path
 
 
@@ -467,6 +474,59 @@ def test_settings_of_images_are_heard_in_every_format(own_processor, tmp_path):
         processor = MultiCoCoProcessor.from_pretrained(folder, max_patches=3)
         assert processor.image_processor.max_patches == 3
         assert int(processor(images=picture("big"), text="<image>", return_tensors="pt")["num_patches_list"]) <= 4
+
+
+@pytest.fixture(params=["original", "hf", "own"])
+def folder_of_each_format(request, processor, tmp_path):
+    """A folder of each kind of checkpoint that a processor is made from."""
+    if request.param == "hf":
+        write_hf_folder(tmp_path, "processor_config")
+    if request.param == "own":
+        processor.save_pretrained(tmp_path)
+    return CHECKPOINT if request.param == "original" else tmp_path
+
+
+def test_an_argument_that_nobody_knows_is_refused_in_every_format(folder_of_each_format):
+    """A typo such as `max_pathces` passed in silence, and the saved number of tiles was used."""
+    with pytest.raises(ValueError, match=r"does not know \['max_pathces'\].*spelling.*`image_processor`"):
+        MultiCoCoProcessor.from_pretrained(folder_of_each_format, max_pathces=3, max_patches=3)
+
+
+def test_what_loaders_hand_on_is_understood_in_every_format(folder_of_each_format):
+    """The tokenizer hears its settings, and what auto classes, pipelines and trainers hand to all is let through."""
+    settings = {"padding_side": "right", "model_max_length": 77, "pad_token": "<|im_end|>"}
+    for_all = {"trust_remote_code": True, "use_fast": True, "dtype": "auto", "_from_auto": True, "revision": "main"}
+    processor = MultiCoCoProcessor.from_pretrained(folder_of_each_format, **settings, **for_all)
+    assert {name: getattr(processor.tokenizer, name) for name in settings} == settings
+    MultiCoCoProcessor.from_pretrained(
+        folder_of_each_format, _from_pipeline="image-text-to-text", attn_implementation="sdpa"
+    )
+    given = MultiCoCoProcessor.from_pretrained(folder_of_each_format, tokenizer=processor.tokenizer)
+    assert given.tokenizer is processor.tokenizer
+
+
+@pytest.mark.parametrize("missing", ["image_processor", "tokenizer"])
+def test_a_part_that_is_missing_is_named(own_processor, missing):
+    parts = {"image_processor": own_processor.image_processor, "tokenizer": own_processor.tokenizer, missing: None}
+    with pytest.raises(ValueError, match=f"`{missing}` is None.*`MultiCoCoProcessor.from_pretrained`"):
+        MultiCoCoProcessor(**parts)
+
+
+def test_an_image_processor_of_another_kind_is_replaced_with_a_word(own_processor, tmp_path, caplog):
+    """Not when a folder is loaded, where an auto class makes torchvision's if that is installed."""
+    other = CLIPImageProcessorPil(image_mean=[0.25, 0.5, 0.75])
+    logger = logging.getLogger("multicoco.processing_multicoco")
+    type(logger).warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger=logger.name):
+        parts = [other, own_processor.tokenizer]
+        loaded = MultiCoCoProcessor.from_args_and_dict(parts, own_processor.to_dict())
+        assert not caplog.records
+        given = MultiCoCoProcessor(*parts)
+    (said,) = caplog.records
+    assert "`image_processor` is a CLIPImageProcessorPil" in said.getMessage()
+    for processor in (loaded, given):
+        assert isinstance(processor.image_processor, GotOcr2ImageProcessorPil)
+        assert processor.image_processor.image_mean == other.image_mean
 
 
 def test_a_program_with_fixed_names_can_leave_out_the_counts(own_processor, tmp_path):
