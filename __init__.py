@@ -14,6 +14,8 @@ from .configuration_multicoco import (
     IMAGE_PLACEHOLDER,
     MODES,
     OWN,
+    TURN_END_TOKEN,
+    TURN_START_TOKEN,
     MultiCoCoConfig,
     chat_template,
 )
@@ -45,6 +47,8 @@ __all__ = [
     "MultiCoCoForConditionalGeneration",
     "MultiCoCoProcessor",
     "OWN",
+    "TURN_END_TOKEN",
+    "TURN_START_TOKEN",
     "ReasoningCollator",
     "StageDataset",
     "add_thought_tokens",

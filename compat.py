@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -152,6 +152,16 @@ def checkpointed_with_cache(layers: nn.ModuleList) -> Iterator[None]:
     finally:
         for layer in checkpointed:
             layer._can_checkpoint_with_cache = False
+
+
+def is_2d(attention_mask: object) -> TypeGuard[torch.Tensor]:
+    """
+    Whether an attention mask is one number for each token. transformers' models also take one for each pair, and one
+    for each kind of layer.
+
+    Upstream: a type of its own for each.
+    """
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
 
 
 def attention_of(config: PreTrainedConfig) -> str:

@@ -63,7 +63,7 @@ class DiagnoseArguments(AskArguments):
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Diagnoses as the flags say; returns what diagnosis.json holds."""
     arguments = parse_settings(DiagnoseArguments, __doc__, sys.argv[1:] if arguments is None else arguments)
-    device = choose_device(arguments.use_cpu)
+    device = choose_device(use_cpu=arguments.use_cpu)
     records = arguments.read_data()[: arguments.max_samples]
     if len(records) < 2:
         raise ValueError(f"`--data` {arguments.data} has {len(records)} record, expected at least 2 to compare.")

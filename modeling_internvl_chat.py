@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from transformers.models.internvl.modeling_internvl import InternVLCausalLMOutpu
 from transformers.utils import is_flash_attn_2_available, logging
 from transformers.utils.generic import can_return_tuple
 
-from .compat import is_sharded, saved_as_registered, world_size
+from .compat import is_2d, is_sharded, saved_as_registered, world_size
 from .configuration_multicoco import (
     CHAT_TEMPLATE,
     HUB_KWARGS,
@@ -187,11 +187,6 @@ def check_shapes(
                 f"`{name}` has shape {tuple(tensor.shape)}, expected {(batch_size, length)} like `input_ids`. Use "
                 "both as one call of the processor or collator made them."
             )
-
-
-def is_2d(attention_mask: object) -> TypeGuard[torch.Tensor]:
-    """Whether a mask is one number for each token, not one for each pair, and none by kind of layer."""
-    return isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
 
 
 def count_positions(

@@ -33,6 +33,7 @@ from transformers.utils.generic import can_return_tuple
 from .compat import (
     checkpointed_with_cache,
     gathered,
+    is_2d,
     is_reentrant,
     is_sharded,
     most_of_all_ranks,
@@ -53,7 +54,6 @@ from .modeling_internvl_chat import (
     InternVLChatModel,
     check_shapes,
     count_positions,
-    is_2d,
     register_checkpoint_names,
     takes_original_order,
 )
@@ -173,11 +173,17 @@ class MultiCoCoModel(InternVLChatBackbone):
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
             )
-        feedback = self.config.thought_feedback
         with settled_rotary(self.language_model, plan.position_ids if plan.columns else None):
             with checkpointed_with_cache(self.language_model.layers):  # they get a `PassCache` or no cache
                 hidden_states, thoughts, chunks, outputs = run_passes(
-                    self.language_model, embeds, plan, feedback, past_key_values, use_cache, edit_thoughts, **kwargs
+                    self.language_model,
+                    embeds,
+                    plan,
+                    self.config.thought_feedback,
+                    past_key_values,
+                    use_cache=use_cache,
+                    edit_thoughts=edit_thoughts,
+                    **kwargs,
                 )
         return MultiCoCoModelOutputWithPast(
             last_hidden_state=hidden_states,

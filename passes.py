@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from .compat import attention_of
+from .compat import attention_of, is_2d
 from .configuration_multicoco import (
     CONSTANT_FEEDBACKS,
     END_LATENT_TOKEN,
@@ -23,7 +23,6 @@ from .configuration_multicoco import (
     START_LATENT_TOKEN,
     MultiCoCoConfig,
 )
-from .modeling_internvl_chat import is_2d
 
 
 ANSWER_SEES = ("all", "no_image", "thoughts_only")
@@ -256,6 +255,7 @@ def run_passes(
     plan: Plan,
     thought_feedback: str,
     past_key_values: Cache | None,
+    *,
     use_cache: bool,
     edit_thoughts: EditThoughts | None,
     **kwargs: Any,

@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Scores as the flags say; returns the rows of the table (on the main process)."""
     arguments = parse_settings(ScoreArguments, __doc__, sys.argv[1:] if arguments is None else arguments)
     # Without a GPU it must be told, or accelerate takes the processes of torchrun for runs of their own.
-    state = PartialState(cpu=choose_device(arguments.use_cpu).type == "cpu")
+    state = PartialState(cpu=choose_device(use_cpu=arguments.use_cpu).type == "cpu")
     records = arguments.read_data(needs_answer=not arguments.predict_only)
     check_records(
         records,

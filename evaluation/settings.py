@@ -108,7 +108,7 @@ class RecordArguments:
         return processor
 
 
-def choose_device(use_cpu: bool) -> torch.device:
+def choose_device(*, use_cpu: bool) -> torch.device:
     """The accelerator, if there is one and it is wanted."""
     if use_cpu or not torch.accelerator.is_available():
         return torch.device("cpu")

@@ -18,13 +18,14 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 from multicoco import (
     IMAGE_CONTEXT_TOKEN,
+    TURN_END_TOKEN,
+    TURN_START_TOKEN,
     MultiCoCoConfig,
     MultiCoCoForConditionalGeneration,
     MultiCoCoProcessor,
     add_thought_tokens,
     chat_template,
 )
-from multicoco.configuration_multicoco import TURN_END_TOKEN, TURN_START_TOKEN
 from multicoco.recipes.trails.prepare import CELL_PIXELS, COLOURS, cell_name
 
 
