@@ -192,8 +192,8 @@ class StageDataset(torch.utils.data.Dataset):
 
     def _compose(self, row: TokenizedRecord, steps: list[list[int]], stage: int) -> tuple[list[int], list[int]]:
         num_thoughts, num_gone = self.curriculum.counts(len(steps), stage)
-        num_thoughts = num_thoughts if self.curriculum.has_block else None
-        return compose(self._whole_question(row), steps[num_gone:], row.answer, num_thoughts, self.block_ids)
+        asked = num_thoughts if self.curriculum.has_block else None
+        return compose(self._whole_question(row), steps[num_gone:], row.answer, asked, self.block_ids)
 
     def num_thoughts(self, index: int, stage: int) -> int | None:
         """

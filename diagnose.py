@@ -10,6 +10,7 @@ docs/truth.md.
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,9 @@ class DiagnoseArguments(AskArguments):
                 raise ValueError(f"`--{name}` must be at least {least}, got {value}.")
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
+def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     """Diagnoses as the flags say; returns what diagnosis.json holds."""
-    arguments = parse_settings(DiagnoseArguments, __doc__, sys.argv[1:] if arguments is None else arguments)
+    arguments = parse_settings(DiagnoseArguments, __doc__, sys.argv[1:] if words is None else words)
     device = choose_device(use_cpu=arguments.use_cpu)
     records = arguments.read_data()[: arguments.max_samples]
     if len(records) < 2:

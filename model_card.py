@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from multicoco.training.card import write_card
 
 
-def main(arguments: Sequence[str] | None = None):
+def main(words: Sequence[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="Folder of a finished run; its README.md is written anew.")
     parser.add_argument(
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None):
     )
     parser.add_argument("--controls", nargs="+", default=[], help="Folders of other finished runs to stand beside it.")
     parser.add_argument("--license", help="Licence of the weights; the base model's if not given.")
-    write_card(**vars(parser.parse_args(arguments)))
+    write_card(**vars(parser.parse_args(words)))
 
 
 if __name__ == "__main__":

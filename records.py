@@ -62,7 +62,8 @@ def load_records(
     columns = dict(columns or {})
     if unknown := [name for name in columns if name not in FIELDS]:
         raise ValueError(f"`columns` maps {unknown}, which are no fields of a record. The fields are {FIELDS}.")
-    rows, folder, name = source, None, f"a {type(source).__name__}"
+    folder, name = None, f"a {type(source).__name__}"
+    rows: Any = source
     if isinstance(source, (str, os.PathLike)):
         name = f"`{source}`"
         if Path(source).suffix in (".json", ".jsonl"):

@@ -10,6 +10,7 @@ A killed run goes on where it stopped when the same command is given again. What
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -79,9 +80,9 @@ class ScoreArguments(AskArguments):
             )
 
 
-def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Scores as the flags say; returns the rows of the table (on the main process)."""
-    arguments = parse_settings(ScoreArguments, __doc__, sys.argv[1:] if arguments is None else arguments)
+    arguments = parse_settings(ScoreArguments, __doc__, sys.argv[1:] if words is None else words)
     # Without a GPU it must be told, or accelerate takes the processes of torchrun for runs of their own.
     state = PartialState(cpu=choose_device(use_cpu=arguments.use_cpu).type == "cpu")
     records = arguments.read_data(needs_answer=not arguments.predict_only)
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     )
     if arguments.predictions_to:
         read_submission(arguments.predictions_to)
-    how = {"choices_by": arguments.choices_by, "attn_implementation": arguments.attn_implementation}
+    how: dict[str, Any] = {"choices_by": arguments.choices_by, "attn_implementation": arguments.attn_implementation}
     names = dict.fromkeys([*arguments.model, *([arguments.compare] if arguments.compare else [])])
     subjects = [Subject(name, records, arguments, state.device, **how) for name in names]  # errors before compute
     numbers = {subject.name: subject.numbers_of_thoughts(arguments.num_thoughts) for subject in subjects}
@@ -106,8 +107,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         for num_thoughts in numbers[subject.name]:
             predictions = predict(subject, num_thoughts, state, arguments.output_dir, arguments.batch_size)
             if state.is_main_process:
-                pairs = zip(records, predictions, strict=True)
-                values = [metric(record, line["prediction"]) for record, line in pairs] if metric else []
+                both = zip(records, predictions, strict=True)
+                values = [metric(record, line["prediction"]) for record, line in both] if metric else []
                 scores[subject.name, num_thoughts] = values
                 row = summarise(subject.name, subject.config, num_thoughts, predictions, values)
                 rows[subject.name, num_thoughts] = row
@@ -116,15 +117,16 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         subject.model = None  # makes room for the next
     if not state.is_main_process:
         return []
-    comparisons = [
-        compare(rows[mine], rows[other], scores[mine], scores[other])
+    pairs = [
+        pair
         for name in (dict.fromkeys(arguments.model) if arguments.compare else ())
-        for mine, other in pair_numbers(numbers, name, arguments.compare)
+        for pair in pair_numbers(numbers, name, str(arguments.compare))
     ]
-    rows = list(rows.values())
-    written = write_scores(arguments.output_dir, asdict(arguments), rows, comparisons)
-    print(f"\n{score_table(rows, comparisons)}\n\n{written}")
-    return rows
+    comparisons = [compare(rows[mine], rows[other], scores[mine], scores[other]) for mine, other in pairs]
+    table = list(rows.values())
+    written = write_scores(arguments.output_dir, asdict(arguments), table, comparisons)
+    print(f"\n{score_table(table, comparisons)}\n\n{written}")
+    return table
 
 
 if __name__ == "__main__":

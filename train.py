@@ -36,9 +36,9 @@ from multicoco.training.results import (
 from multicoco.training.trainer import StageTrainer
 
 
-def main(arguments: Sequence[str] | None = None) -> StageTrainer | None:
+def main(words: Sequence[str] | None = None) -> StageTrainer | None:
     """Trains as the flags say; returns the trainer, or `None` after an estimate of memory."""
-    settings = parse(__doc__, sys.argv[1:] if arguments is None else arguments)
+    settings = parse(__doc__, sys.argv[1:] if words is None else words)
     model_args, data_args, curriculum, args, _ = settings
     is_main = args.process_index == 0
     if is_main:

@@ -50,7 +50,7 @@ class CurriculumCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: PreTrainedModel | None = None,
+        model: Any = None,
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -64,7 +64,7 @@ class CurriculumCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: PreTrainedModel | None = None,
+        model: Any = None,
         processing_class: Any = None,
         optimizer: Any = None,
         **kwargs: Any,
@@ -86,7 +86,7 @@ class CurriculumCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, float] | None = None,
+        logs: Any = None,
         **kwargs: Any,
     ) -> None:
         """Adds the stage and its number of thoughts to a logged loss."""
@@ -99,11 +99,11 @@ class CurriculumCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: PreTrainedModel | None = None,
+        model: Any = None,
         **kwargs: Any,
     ) -> None:
         """Saves the configuration where the trainer has not."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and not (folder / "config.json").exists():  # of adapters, peft saves no config
             model.config.save_pretrained(folder)
 
@@ -146,7 +146,7 @@ class CompletionCallback(TrainerCallback):
                 "`save_total_limit` is 1: a run killed while it saves would leave nothing complete. Use at least 2."
             )
         if state.is_world_process_zero:
-            for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
+            for checkpoint in Path(str(args.output_dir)).glob("checkpoint-*"):
                 if _step(checkpoint) > state.global_step:  # about to be written again
                     (checkpoint / COMPLETE).unlink(missing_ok=True)
                     os.utime(checkpoint, (0, 0))  # `save_total_limit` deletes the oldest: this one before a whole one
@@ -156,7 +156,7 @@ class CompletionCallback(TrainerCallback):
         if dist.is_initialized():
             dist.barrier()
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -205,7 +205,7 @@ class AnswerCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: PreTrainedModel | None = None,
+        model: Any = None,
         **kwargs: Any,
     ) -> None:
         """Measures after the last step of a stage (or epoch), or of the run."""
@@ -216,7 +216,7 @@ class AnswerCallback(TrainerCallback):
         epoch = math.ceil(state.epoch)  # epochs that are done
         stage = self.curriculum.stage(epoch - 1)
         if is_last or self.every == "epoch" or (self.every == "stage" and self.curriculum.stage(epoch) != stage):
-            self.pending = self.measure(model, stage, disable_tqdm=args.disable_tqdm)
+            self.pending = self.measure(model, stage, disable_tqdm=bool(args.disable_tqdm))
             control.should_log = True
 
     def on_log(
@@ -224,7 +224,7 @@ class AnswerCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, float] | None = None,
+        logs: Any = None,
         **kwargs: Any,
     ) -> None:
         """Adds what was measured to the log that it asked for."""
@@ -258,7 +258,7 @@ class AnswerCallback(TrainerCallback):
         }
 
     @torch.no_grad()
-    def _answers(self, model: PreTrainedModel, indices: Sequence[int], stage: int) -> list[list[int]]:
+    def _answers(self, model: Any, indices: Sequence[int], stage: int) -> list[list[int]]:
         """New tokens of each of these samples, without padding."""
         prompts = [self.dataset.prompt(index, self.dataset.num_thoughts(index, stage)) for index in indices]
         batch = self.collator.prompts(prompts)

@@ -94,14 +94,15 @@ class Diagnosis:
         )
 
     def _run(self, experiments: Sequence[Experiment], results: Results) -> None:
-        count, recorded = len(results.records), defaultdict(list)
+        count = len(results.records)
+        recorded: dict[str, list[Any]] = defaultdict(list)
         done = {experiment.name: self._begin(experiment) for experiment in experiments}
         progress = tqdm(
             total=count * len(experiments), initial=sum(map(len, done.values())), desc=self.subject.name, unit="answer"
         )
         for start in range(0, count, self.batch_size):  # batches outside: each picture is opened and encoded once
             rows = list(range(start, min(start + self.batch_size, count)))
-            features = {}
+            features: dict[str, torch.Tensor | None] = {}
             for experiment in experiments:
                 todo = [row for row in rows if row not in done[experiment.name]]
                 if not todo:

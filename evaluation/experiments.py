@@ -74,8 +74,8 @@ class Results:
         pictures (`np.ndarray` of shape `(N,)`): The record whose picture is given as another one; -1 for none.
         donors (`dict[str, np.ndarray]`): The record whose thoughts are given in `"swap"`, `"swap_same"` and
             `"decoy"`; -1 for none. Empty before [`~Results.draw`].
-        mean, noise (`torch.Tensor` of shape `(n, D)` and `(N, n, D)`, *optional*): What replaces thoughts; noise has
-            norm 1.
+        mean, noise (`torch.Tensor` of shape `(n, D)` and `(N, n, D)`): What replaces thoughts; noise has norm 1.
+            Not there before [`~Results.draw`].
     """
 
     name: str
@@ -88,11 +88,11 @@ class Results:
     lines: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     thoughts: dict[str, torch.Tensor] = field(default_factory=dict)
     donors: dict[str, np.ndarray] = field(default_factory=dict)
-    mean: torch.Tensor | None = None
-    noise: torch.Tensor | None = None
+    mean: torch.Tensor = field(init=False)
+    noise: torch.Tensor = field(init=False)
     pictures: np.ndarray = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.pictures = choose_pictures(self.records, self.tiles, np.random.default_rng((self.seed, 0)))
 
     def draw(self) -> None:
@@ -185,7 +185,7 @@ def choose_pictures(
     records: Sequence[Mapping[str, Any]], tiles: Sequence[list[int]], rng: np.random.Generator
 ) -> np.ndarray:
     """For each sample another one with other pictures of as many tiles; -1 where there is none."""
-    groups = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
     for sample, counts in enumerate(tiles):
         if counts:
             groups.setdefault(tuple(counts), []).append(sample)

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 
 
+Values = Sequence[float] | np.ndarray
+
+
 def wilson_interval(rate: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """The 95 % interval of a proportion (Wilson 1927), which stays within 0 and 1."""
     centre = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
@@ -14,7 +17,7 @@ def wilson_interval(rate: float, count: int, z: float = 1.96) -> tuple[float, fl
     return max(0.0, min(rate, centre - half)), min(1.0, max(rate, centre + half))  # rounding may cross the rate
 
 
-def mean_score_interval(scores: Sequence[float]) -> tuple[float, float]:
+def mean_score_interval(scores: Values) -> tuple[float, float]:
     """The 95 % interval of a mean score: Wilson's where all are 0 or 1, else by bootstrap (shares of a point)."""
     values = np.asarray(scores, float)
     if np.isin(values, (0, 1)).all():
@@ -22,7 +25,7 @@ def mean_score_interval(scores: Sequence[float]) -> tuple[float, float]:
     return paired_bootstrap(values, np.zeros(len(values)))
 
 
-def rate(scores: Sequence[float]) -> dict[str, Any]:
+def rate(scores: Values) -> dict[str, Any]:
     """The mean of scores with its [`mean_score_interval`]; of 0 samples `None`."""
     values = np.asarray(scores, float)
     if not len(values):
@@ -31,19 +34,19 @@ def rate(scores: Sequence[float]) -> dict[str, Any]:
     return {"rate": float(values.mean()), "low": low, "high": high, "samples": len(values)}
 
 
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+def mcnemar(first: Values, second: Values) -> float:
     """
     The two-sided p-value of McNemar's exact test (1947): whether of the samples that only one of the two has right,
     each has half.
 
     Args:
-        first, second (`Sequence[bool]`): Whether each answer is right, the same samples in the same order.
+        first, second (`Sequence[float]`): Whether each answer is right, the same samples in the same order.
 
     Raises:
         ValueError: the two have different lengths.
     """
-    first, second = _paired(first, second)
-    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    one, other = _paired(first, second)
+    only_first, only_second = int((one & ~other).sum()), int((~one & other).sum())
     count, fewer = only_first + only_second, min(only_first, only_second)
     # The sum of binomial terms in logarithms: 0.5**count alone is 0 in floating point from 1,075 samples on.
     terms = [
@@ -54,7 +57,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 
 def paired_bootstrap(
-    first: Sequence[float], second: Sequence[float], level: float = 0.95, draws: int = 10000, seed: int = 0
+    first: Values, second: Values, level: float = 0.95, draws: int = 10000, seed: int = 0
 ) -> tuple[float, float]:
     """
     The percentile interval of `mean(first) - mean(second)`, samples drawn again in pairs (Efron 1979).
@@ -68,14 +71,14 @@ def paired_bootstrap(
     Raises:
         ValueError: the two have different lengths.
     """
-    first, second = _paired(first, second, float)
-    values, counts = np.unique(first - second, return_counts=True)  # few values: one multinomial a draw is enough
-    drawn = np.random.default_rng(seed).multinomial(len(first), counts / len(first), size=draws)
-    low, high = np.quantile(drawn @ values / len(first), ((1 - level) / 2, (1 + level) / 2))
+    one, other = _paired(first, second, float)
+    values, counts = np.unique(one - other, return_counts=True)  # few values: one multinomial a draw is enough
+    drawn = np.random.default_rng(seed).multinomial(len(one), counts / len(one), size=draws)
+    low, high = np.quantile(drawn @ values / len(one), ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+def mean_interval(values: Values, level: float = 0.95) -> tuple[float, float]:
     """
     The interval of the mean of independent values, as accuracies of several seeds (Student 1908). It speaks of other
     seeds; two or three leave it wide.
@@ -83,20 +86,20 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     Raises:
         ValueError: there are fewer than two values.
     """
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        raise ValueError(f"`values` has {len(values)} entries, expected at least two. One seed has no interval.")
+    found = np.asarray(values, float)
+    if len(found) < 2:
+        raise ValueError(f"`values` has {len(found)} entries, expected at least two. One seed has no interval.")
     # With t = sqrt(n - 1) * tan(angle), Student's density is a power of the cosine.
-    freedom = len(values) - 1
+    freedom = len(found) - 1
     angles = np.linspace(-np.pi / 2, np.pi / 2, 200001)
     density = np.cos(angles).clip(min=0) ** (freedom - 1)
     mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
     quantile = math.sqrt(freedom) * math.tan(np.interp((1 + level) / 2, mass / mass[-1], angles))
-    half = quantile * float(values.std(ddof=1)) / math.sqrt(len(values))
-    return float(values.mean()) - half, float(values.mean()) + half
+    half = quantile * float(found.std(ddof=1)) / math.sqrt(len(found))
+    return float(found.mean()) - half, float(found.mean()) + half
 
 
-def _paired(first: Sequence, second: Sequence, dtype: type = bool) -> tuple[np.ndarray, np.ndarray]:
+def _paired(first: Values, second: Values, dtype: type = bool) -> tuple[np.ndarray, np.ndarray]:
     if len(first) != len(second) or not len(first):
         raise ValueError(
             f"`first` has {len(first)} samples and `second` {len(second)}, expected the same samples in the same "

@@ -31,11 +31,10 @@ def summarise(
         "new_tokens": sum(line["new_tokens"] for line in predictions) / count,
         "seconds_per_sample": sum(line["seconds"] for line in predictions) / count,
     }
-    scores = [score for score in scores if score is not None]
-    if scores:
-        rate = sum(scores) / len(scores)
-        low, high = mean_score_interval(scores)
-        row |= {"scored": len(scores), "accuracy": rate, "low": low, "high": high}
+    counted = [score for score in scores if score is not None]
+    if counted:
+        low, high = mean_score_interval(counted)
+        row |= {"scored": len(counted), "accuracy": sum(counted) / len(counted), "low": low, "high": high}
     return row
 
 
@@ -58,7 +57,7 @@ def compare(
     second_scores: Sequence[float | None],
 ) -> dict[str, Any]:
     """Two rows on the same samples: the difference of their accuracies, its interval, and McNemar's p-value."""
-    pairs = [pair for pair in zip(first_scores, second_scores, strict=True) if None not in pair]
+    pairs = [(a, b) for a, b in zip(first_scores, second_scores, strict=True) if a is not None and b is not None]
     one, other = zip(*pairs, strict=True)
     low, high = paired_bootstrap(one, other)
     row = {

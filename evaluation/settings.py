@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -16,6 +16,7 @@ from ..processing_multicoco import MultiCoCoProcessor
 from ..records import load_records
 
 
+T = TypeVar("T")
 SETTINGS_FILES = (".yaml", ".yml", ".json")
 
 
@@ -41,7 +42,7 @@ def read_settings(path: str | Path) -> dict[str, list[str]]:
     return words
 
 
-def make_parser(*kinds: type, description: str | None) -> HfArgumentParser:
+def make_parser(*kinds: Any, description: str | None) -> HfArgumentParser:
     """Flags of these dataclasses, and a description that is shown as it is written."""
     return HfArgumentParser(kinds, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -76,7 +77,7 @@ def find_settings(parser: HfArgumentParser, arguments: Sequence[str]) -> tuple[l
     return [*(word for typed in from_file.values() for word in typed), *words], sources
 
 
-def parse_settings(kind: type, description: str | None, arguments: Sequence[str]) -> Any:
+def parse_settings(kind: type[T], description: str | None, arguments: Sequence[str]) -> T:
     """A dataclass of this kind from a settings file, if there is one, and from flags, which win."""
     parser = make_parser(kind, description=description)
     words, _ = find_settings(parser, arguments)
@@ -110,6 +111,5 @@ class RecordArguments:
 
 def choose_device(*, use_cpu: bool) -> torch.device:
     """The accelerator, if there is one and it is wanted."""
-    if use_cpu or not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.accelerator.current_accelerator()
+    found = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    return found or torch.device("cpu")

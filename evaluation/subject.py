@@ -95,7 +95,7 @@ class Subject:
             ) from error
         self.name, self.records, self.arguments, self.device = name, records, arguments, device
         self.choices_by, self.attn_implementation = choices_by, attn_implementation
-        self.model = None  # of several checkpoints only one is loaded at a time
+        self.model: Any = None  # of several checkpoints only one is loaded at a time
         self.collator = ReasoningCollator(self.processor)
         if choices_by == "likelihood":  # every choice as the answer of a record without steps
             self.choices = [record["choices"] for record in records]
@@ -117,7 +117,7 @@ class Subject:
         """Loads the model, if it is not there yet."""
         if self.model is not None:
             return
-        kwargs = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
+        kwargs: dict[str, Any] = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
         model = MultiCoCoForConditionalGeneration.from_pretrained(self.name, dtype=self.arguments.dtype, **kwargs)
         self.model = model.to(self.device).eval()
 

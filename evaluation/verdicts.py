@@ -1,14 +1,14 @@
 """What results and measurements show: figures, tests, verdicts. Knows no model, and not how they came about."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from .experiments import KINDS, Results, name_of
-from .intervals import mcnemar, paired_bootstrap, rate
+from .intervals import Values, mcnemar, paired_bootstrap, rate
 from .measurements import Measurements, collapse_warnings, lens_hits
 from .metric import Metric
 
@@ -17,7 +17,7 @@ ALPHA = 0.05
 USED, NOT_SHOWN = "used", "not shown to be used"
 
 
-def difference(first: Sequence[float], second: Sequence[float], num_tests: int = 1) -> dict[str, Any] | None:
+def difference(first: Values, second: Values, num_tests: int = 1) -> dict[str, Any] | None:
     """
     `mean(first) - mean(second)` of paired scores: its 95 % interval, McNemar's exact p where all scores are 0 or 1,
     and whether it is above 0 when `num_tests` are made: the interval, and the p of the sign test (which McNemar's is),
@@ -25,14 +25,14 @@ def difference(first: Sequence[float], second: Sequence[float], num_tests: int =
     """
     if not len(first):
         return None
-    first, second = np.asarray(first, float), np.asarray(second, float)
-    low, high = paired_bootstrap(first, second)
-    corrected_low, _ = paired_bootstrap(first, second, 1 - ALPHA / num_tests)
-    is_binary = bool(np.isin(np.concatenate([first, second]), (0, 1)).all())
-    sign = mcnemar(first > second, first < second)
+    one, other = np.asarray(first, float), np.asarray(second, float)
+    low, high = paired_bootstrap(one, other)
+    corrected_low, _ = paired_bootstrap(one, other, 1 - ALPHA / num_tests)
+    is_binary = bool(np.isin(np.concatenate([one, other]), (0, 1)).all())
+    sign = mcnemar(one > other, one < other)
     return {
-        "samples": len(first),
-        "difference": float(first.mean() - second.mean()),
+        "samples": len(one),
+        "difference": float(one.mean() - other.mean()),
         "low": low,
         "high": high,
         "mcnemar_p": sign if is_binary else None,
@@ -111,24 +111,24 @@ def judge_thoughts(scores: Scores, num_tests: int) -> dict[str, Any]:
     Args:
         num_tests (`int`): From [`count_tests`].
     """
-    results, count = scores.results, scores.results.num_thoughts
+    results, count = scores.results, scores.results.num_thoughts or 0
     damage = {kind: scores.minus("intact", f"{kind}-all", num_tests) for kind in KINDS}
     answers, swapped = scores.predictions["intact"], scores.predictions["swap-all"]
     donors, decoys = results.donors["swap"], results.donors["decoy"]
     rows = np.flatnonzero((donors >= 0) & (decoys >= 0))
-    following = {"own_picture": ((swapped == answers[donors])[rows], (swapped == answers[decoys])[rows])}
+    fed = {"own_picture": ((swapped == answers[donors])[rows], (swapped == answers[decoys])[rows])}
     rows = np.flatnonzero((donors >= 0) & (results.donors["swap_same"] >= 0))
-    following["same_answer"] = tuple(
+    fed["same_answer"] = tuple(
         (scores.predictions[f"{kind}-all"] == answers[donors])[rows] for kind in ("swap", "swap_same")
     )
     if "swap-picture" in scores.scores:
         rows = np.flatnonzero(scores.valid["swap-picture"] & scores.valid["decoy-picture"])
-        following["donors_picture"] = tuple(
+        fed["donors_picture"] = tuple(
             (scores.predictions[f"{kind}-picture"] == answers[donors])[rows] for kind in ("swap", "decoy")
         )
     following = {
         name: {"donor": rate(found), "decoy": rate(chance), "test": difference(found, chance, num_tests)}
-        for name, (found, chance) in following.items()
+        for name, (found, chance) in fed.items()
     }
     harmful = [kind for kind, test in damage.items() if _above_0(test)]
     followed = [name for name, found in following.items() if _above_0(found["test"])]
@@ -175,14 +175,14 @@ def lens_table(model: Examined, control: Examined | None) -> list[dict[str, Any]
         results, found = examined.scores.results, examined.measurements
         return lens_hits(found.lens, found.steps, results.config.c_thought, index, results.seed)
 
-    has_control, table = control is not None and control.measurements is not None, []
-    for index in range(model.scores.results.num_thoughts):
+    table = []
+    for index in range(model.scores.results.num_thoughts or 0):
         hits = hits_of(model, index)
         if not hits["top1"]:
             continue
         top1 = [float(hit) for hit in hits["top1"].values()]
         chance = [float(hit) for hit in hits["chance"].values()]
-        row = {
+        row: dict[str, Any] = {
             "index": index,
             "step": index // model.scores.results.config.c_thought,
             "top1": rate(top1),
@@ -190,7 +190,7 @@ def lens_table(model: Examined, control: Examined | None) -> list[dict[str, Any]
             "chance": rate(chance),
             "above_chance": difference(top1, chance) if chance else None,
         }
-        if has_control and index < control.scores.results.num_thoughts:
+        if control and control.measurements and index < (control.scores.results.num_thoughts or 0):
             other = hits_of(control, index)["top1"]
             both = [sample for sample in hits["top1"] if sample in other]
             row["control"] = rate([float(hit) for hit in other.values()])
@@ -204,7 +204,7 @@ def lens_table(model: Examined, control: Examined | None) -> list[dict[str, Any]
 def make_report(model: Examined, control: Examined | None = None) -> dict[str, Any]:
     """All figures of the page; what a checkpoint or its data do not have is left out."""
     scores, found, results = model.scores, model.measurements, model.scores.results
-    report = {
+    report: dict[str, Any] = {
         "model": {
             "name": results.name,
             "mode": results.config.mode,
