@@ -604,7 +604,7 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
         )
         ids = model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
         if is_cached:
-            return model_inputs if ids.shape[1] == 1 else {**model_inputs, **self._candidate_inputs(ids)}
+            return model_inputs if ids.shape[1] <= 1 else {**model_inputs, **self._candidate_inputs(ids)}
         features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         return {
             **model_inputs,

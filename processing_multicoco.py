@@ -437,9 +437,8 @@ class MultiCoCoProcessor(ProcessorMixin):
             opened, **{**images_kwargs, "return_tensors": images_kwargs.get("return_tensors") or "np"}
         )
         counts = iter(tiles["num_patches"])
-        return {"pixel_values": tiles["pixel_values"]}, [
-            [int(next(counts)) for _ in images] for images in nested_images
-        ]
+        nested_counts = [[int(next(counts)) for _ in images] for images in nested_images]
+        return {"pixel_values": tiles["pixel_values"]}, nested_counts
 
     def _write(self, text: str, num_patches_list: list[int], num_thoughts: NumThoughts, sample: int) -> str:
         """The text with its image runs and its block of thoughts, the given one or its own."""
