@@ -64,24 +64,15 @@ __all__ = [
     "question_text",
     "wilson_interval",
 ]
-_MODULE_OF = {
-    "CurriculumArguments": "curriculum",
-    "final_answer": "curriculum",
-    "ReasoningCollator": "data_multicoco",
-    "StageDataset": "data_multicoco",
-    "mcnemar": "evaluation.intervals",
-    "mean_interval": "evaluation.intervals",
-    "paired_bootstrap": "evaluation.intervals",
-    "wilson_interval": "evaluation.intervals",
-    "load_records": "records",
-    "question_text": "records",
-    "AnswerCallback": "trainer_callbacks",
-    "CompletionCallback": "trainer_callbacks",
-    "CurriculumCallback": "trainer_callbacks",
-    "last_complete_checkpoint": "trainer_callbacks",
-    "BatchShape": "training.memory",
-    "estimate_memory": "training.memory",
+_LAZY = {
+    "curriculum": ("CurriculumArguments", "final_answer"),
+    "data_multicoco": ("ReasoningCollator", "StageDataset"),
+    "evaluation.intervals": ("mcnemar", "mean_interval", "paired_bootstrap", "wilson_interval"),
+    "records": ("load_records", "question_text"),
+    "trainer_callbacks": ("AnswerCallback", "CompletionCallback", "CurriculumCallback", "last_complete_checkpoint"),
+    "training.memory": ("BatchShape", "estimate_memory"),
 }
+_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
 AutoConfig.register("multicoco", MultiCoCoConfig, exist_ok=True)
 for _auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):

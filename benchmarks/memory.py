@@ -1,4 +1,4 @@
-r"""Memory of a training step: by the formula of `multicoco.memory`, beside what a step on CPU really takes.
+r"""Memory of a training step: by the formula of docs/memory.md, beside what a step on CPU really takes.
 
     python benchmarks/memory.py             # estimate, measured, ratio; tiny models; half a minute on 2 idle cores
     python benchmarks/memory.py --table     # by formula: InternVL3 1B to 78B on 1, 8 and 64 GPUs, as Markdown
@@ -224,6 +224,18 @@ def make_internvl3(member: InternVL3) -> MultiCoCoConfig:
     return make_config(text, {"image_size": 448, **(TOWER_6B if member.large_tower else TOWER_300M)})
 
 
+def estimate_family(config: MultiCoCoConfig, run: str, devices: int) -> MemoryEstimate:
+    """One cell of the table: `run` is one of `RUNS`."""
+    flags = dict(bf16=True, activation_checkpointing=True, num_devices=devices)
+    return estimate_memory(config, TABLE_BATCH, **flags, **RUNS[run])
+
+
+def format_cell(estimate: MemoryEstimate) -> str:
+    """GB of the peak, in bold if it fits with the overhead."""
+    size = f"{estimate.peak / 1e9:.1f}"
+    return f"**{size}**" if estimate.peak + OVERHEAD <= GPU else size
+
+
 def print_family() -> None:
     """A Markdown table: GB per GPU; in bold what fits with the overhead."""
     shape = TABLE_BATCH
@@ -237,16 +249,11 @@ def print_family() -> None:
     for name, member in FAMILY.items():
         config = make_internvl3(member)
         for devices in DEVICES:
-            estimates = [
-                estimate_memory(config, shape, bf16=True, activation_checkpointing=True, num_devices=devices, **run)
-                for run in RUNS.values()
-            ]
-            cells = [f"{each.peak / 1e9:.1f}" for each in estimates]
-            fits = [each.peak + OVERHEAD <= GPU for each in estimates]
-            cells = [f"**{cell}**" if fit else cell for cell, fit in zip(cells, fits, strict=True)]
+            estimates = [estimate_family(config, run, devices) for run in RUNS]
             count = f"{estimates[0].num_parameters / 1e9:.2f} ({member.published:g})" if devices == 1 else ""
             host = max(each.host for each in estimates) / 1e9
-            print(f"| {name if devices == 1 else ''} | {count} | {devices} | {' | '.join(cells)} | {host:.0f} |")
+            cells = " | ".join(map(format_cell, estimates))
+            print(f"| {name if devices == 1 else ''} | {count} | {devices} | {cells} | {host:.0f} |")
 
 
 def main(args: MemoryArguments) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from multicoco.training.loading import load_model
 from multicoco.training.memory import PARTS, BatchShape, estimate_memory, worst_batches
 
 
+ROOT = Path(__file__).parent.parent
 RUNS = {
     "float32": {},
     "autocast": {"bf16": True},
@@ -123,6 +125,41 @@ def test_parameters_of_internvl3_are_those_published(name):
     batch = BatchShape(1, 1, 8, 8, 0)
     count = estimate_memory(make_internvl3(FAMILY[name]), batch).num_parameters
     assert count / 1e9 == pytest.approx(FAMILY[name].published, rel=0.005)
+
+
+README_COLUMNS = [("ZeRO-3 offload", 1), ("ZeRO-2", 8), ("ZeRO-3", 8), ("ZeRO-3", 64), ("ZeRO-3, LoRA r=16", 8)]
+
+
+def rows_of(page, name):
+    """Cells behind the first of all table rows that begin with `name`."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return [row[1:] for row in rows if row[0].replace("`", "") == name]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_memory_table_in_readme_is_that_of_the_benchmark(name):
+    config = make_internvl3(FAMILY[name])
+    cells = [benchmark.format_cell(benchmark.estimate_family(config, *column)) for column in README_COLUMNS]
+    assert rows_of("README.md", name) == [cells]
+
+
+def test_table_prints_the_cells_in_readme(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "FAMILY", {"1B": FAMILY["1B"]})
+    benchmark.main(benchmark.MemoryArguments(table=True))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    header, rows = lines[2], {line[2]: line for line in lines[4:]}
+    cells = [rows[str(devices)][header.index(run)] for run, devices in README_COLUMNS]
+    assert rows_of("README.md", "1B") == [cells]
+
+
+@pytest.mark.parametrize("name", benchmark.CASES)
+def test_estimates_in_the_table_of_benchmarks_are_those_of_the_formula(name):
+    case = benchmark.CASES[name]
+    expected = benchmark.estimate(case, make_config(case.text, case.vision))
+    states = expected.weights + expected.gradients + expected.optimizer
+    sizes = [f"{value / 2**20:.2f}" for value in (states, expected.total, expected.peak)]
+    assert [row[:3] for row in rows_of("benchmarks/README.md", name)] == [sizes]
 
 
 def test_zero_stages_divide_what_they_shard():

@@ -1,20 +1,32 @@
-"""What a training step needs in memory, from shapes alone: no weight is made and no file but `config.json` is read."""
+"""What a training step needs in memory, from shapes alone: no weight is made and no file but `config.json` is read.
 
+The formula stands term by term in docs/memory.md. Here are its four ideas: what the weights are (`_Weights`), what a
+forward leaves for the backward (`_segments`), what the wrappers buffer (`_buffers`), and the peak (`_peak`). This
+file knows no Trainer and measures nothing; `benchmarks/memory.py` does.
+"""
+
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..configuration_multicoco import MultiCoCoConfig
-from ..data_multicoco import StageDataset
+from ..curriculum import CurriculumArguments
+from ..data_multicoco import StageDataset, TokenizedRecord
 from ..modeling_multicoco import MultiCoCoForConditionalGeneration
 
 
 MAX_LIVE_PARAMETERS = 10**9  # DeepSpeed's default of `stage3_max_live_parameters` and `stage3_max_reuse_distance`
 SUB_GROUP = 10**9  # DeepSpeed's default of `sub_group_size`: parameters that ZeRO-3 updates at a time
-PARTS = ("weights", "gradients", "optimizer", "casts", "vision", "language", "key_values", "logits", "pending")
-PARTS += ("working", "buffers")
+# fmt: off
+PARTS = (
+    "weights", "gradients", "optimizer", "casts", "vision", "language", "key_values", "logits", "pending", "working",
+    "buffers",
+)
+# fmt: on
 
 
 @dataclass
@@ -74,23 +86,50 @@ class MemoryEstimate:
         return sum(getattr(self, name) for name in PARTS)
 
 
-@dataclass
-class _Segment:
-    """A stretch of the forward: what it leaves for the backward, and which weights get their gradient there."""
+@dataclass(kw_only=True)
+class _Run:
+    """The flags of a run, checked, and what follows from them alone: bytes of an element, what is trained."""
 
-    part: str
-    saved: int
-    working: int = 0
-    group: str | None = None
-    gradient: int = 0  # of `group`, which exists from the last segment of the group on (backward runs in reverse)
-    cast: int = 0  # copies of the weights, released with the saved tensors
-    key_values: int = 0  # its part of `saved`
-    passed_on: int = 0  # gradients of its keys and values, which later passes make and it uses
+    bf16: bool
+    zero_stage: int | None
+    offload: bool
+    num_devices: int
+    activation_checkpointing: bool
+    accumulate: bool
+    lora_rank: int
+    freeze_backbone: bool
+    freeze_llm: bool
+    freeze_mlp: bool
+
+    def __post_init__(self):
+        if self.zero_stage not in (None, 1, 2, 3):
+            raise ValueError(f"`zero_stage` is {self.zero_stage!r}, expected 1, 2 or 3, or None without DeepSpeed.")
+        if self.offload and self.zero_stage != 3:
+            raise ValueError(
+                f"`offload` needs `zero_stage` 3, got {self.zero_stage}. Use ds_configs/zero3_offload.json."
+            )
+        for name, least in (("num_devices", 1), ("lora_rank", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected at least {least}.")
+        self.autocast = self.bf16 and self.zero_stage is None
+        self.weight = 2 if self.bf16 and self.zero_stage else 4  # bytes: `w`, `s` and the gradient of the formula
+        self.act = 2 if self.bf16 else 4  # bytes: `a`, and a gradient that autograd still holds
+        self.tower_trained = not (self.freeze_backbone or self.lora_rank)
+        self.projector_trained = not (self.freeze_mlp or self.lora_rank)
+        self.decoder_trained = not (self.freeze_llm or self.lora_rank)
+        self.decoder_learns = self.decoder_trained or self.lora_rank > 0
+        # Whether a gradient that waited for earlier passes is kept as it is: neither added, cast nor cut.
+        self.hands_over = not (self.accumulate or self.autocast or self.zero_stage in (2, 3))
+
+    def cast(self, num_weights: int) -> int:
+        """Bytes of the copies that autocast makes."""
+        return 2 * num_weights if self.autocast else 0
 
 
 def estimate_memory(
     config: MultiCoCoConfig,
     batch: BatchShape,
+    *,
     bf16: bool = False,
     zero_stage: int | None = None,
     offload: bool = False,
@@ -103,81 +142,7 @@ def estimate_memory(
     freeze_mlp: bool = False,
 ) -> MemoryEstimate:
     r"""
-    Memory of one training step of `train.py`, on each device.
-
-    The formula, in bytes. `w`: a weight. `s`: an element of the residual stream and of what norms return. `a`: an
-    element that a matrix product takes or returns. `f(k)`: copies of the input of `k` products, `k` under autocast
-    (each product casts for itself), else 1.
-
-    | run | w | s | a | gradient | AdamW |
-    | --- | --- | --- | --- | --- | --- |
-    | float32 | 4 | 4 | 4 | 4 | 8: two moments |
-    | `--bf16` without DeepSpeed (float32 weights, autocast) | 4 | 4 | 2 | 4 | 8 |
-    | `--bf16` with DeepSpeed | 2 | 2 | 2 | 2 | 12: two moments, float32 weight |
-    | DeepSpeed without `--bf16` | 4 | 4 | 4 | 4 | 12 |
-
-    **Weights, gradients, optimizer.** `P` parameters, `Q` of them trained, `N` devices: weights `w P`, over `N` in
-    ZeRO-3; gradients of `Q`, over `N` in ZeRO-2 and 3; optimizer of `Q`, over `N` in ZeRO-1, 2 and 3. With LoRA of
-    rank `r`, `Q` is `r (in + out)` for each of the seven products of a layer and copies of embeddings and head
-    (`modules_to_save`); both are added to `P`. Offload: all of these lie in the memory of the host, `w P / N` and 16
-    for each of `Q / N` (moments, float32 weight and gradient).
-
-    **Pending gradients.** With thoughts, a weight of the language model is used in every pass, and autograd hands its
-    gradient over only when the backward of the first, longest pass has reached its layer. Until then it is whole, `w`
-    (2 under autocast) for each trained weight of the layers, on every device, *also in ZeRO-2, ZeRO-3 and offload*,
-    which cannot cut what they have not been given. Without ZeRO it becomes the gradient itself and counts once,
-    unless gradients of an earlier micro batch are kept.
-
-    **Casts.** Autocast: 2 for each weight of a product. Cached and shared by the passes if it is trained; a frozen one
-    is cast in every pass, and each copy is kept for the backward. With checkpointing only one forward holds them.
-
-    **Saved for the backward**, as `tests/test_memory.py` counts it by `saved_tensors_hooks`. A tower layer, for each
-    patch (width `D`, MLP `I`, heads `H`):
-
-        2 (s D + 8)                 inputs of the two layer norms, their means and deviations
-                                    (RMS norm, 6B: 2 ((4 + s) D + 4) as below, and for query and key 2 ((4 + a) D + 4))
-        a D (f(3) + 1)              inputs of query, key, value; of fc1
-        4 a D + 4 H                 query, key, value, result; log-sum-exp of each head
-        2 a I + 2 a D               before and after the activation; products before the two layer scales
-
-    A language layer, for each token of a pass of `c` tokens per sample that sees `S` keys (query width `A`, key width
-    `K`, heads `H`):
-
-        2 ((4 + s) D + 4)           float32 inputs of the two norms, normalised states, inverse deviations
-        a D (f(3) + f(2))           inputs of query, key, value; of gate, up
-        2 a A + 4 H                 query, result; log-sum-exp
-        2 a K S / c                 keys and values, also the past ones that were joined. `A` in place of `K` where a
-                                    mask is given and c > 1: grouped heads are then repeated
-        a S                         the mask as numbers, where one is given
-        4 a I                       gate, its activation, up, their product
-
-    A frozen language model saves no `s D`, `a D f` and only 3 of the `4 a I`; a frozen tower saves nothing. LoRA adds
-    `a r` for each product. Outside the layers: pixels `a`, cosines and sines `2 s` of the head's width and the final
-    norm `(4 + s) D + 4` for each token; for each visual token the projector's `4 D s + 8 + 4 D a + 2 a D_text`.
-
-    A mask is given with padding in the batch, and to the pass behind the last thought. Passes also hold their own keys
-    and values, `(s + a) K` for each token, unless these are the saved ones (first pass, no mask, no autocast). Their
-    gradients, as much, wait from the last pass to the first.
-
-    **Activation checkpointing.** Each layer keeps its input, `s D`; keys and values of a pass stay. One layer at a
-    time has all of the above again (`working`).
-
-    **Logits**, `L` labels, vocabulary `V`: `12 V L` in the backward (log-probabilities, their gradient, that of the
-    logits, all float32), and the input of the head, `a D L`.
-
-    **Working**: in the backward of the MLP of a layer, gradients of `2 I + 2 D` (language) or `I + 2 D` (tower) for
-    each token beyond what it releases; with passes also one weight gradient that is about to be added.
-
-    **Buffers**: DistributedDataParallel keeps its buckets, as large as the gradients. ZeRO: a bucket of `D_text^2`
-    gradients, and the largest single gradient if that is larger; ZeRO-3 also gathered weights: at most 10^9
-    (`stage3_max_live_parameters`) and at least the largest one.
-
-    **Peak**: the backward is walked in reverse; gradients come when the last pass of their layer is walked (so with
-    thoughts all of the language model's are there before the activations of the long first pass go), saved tensors
-    go. The update comes after it: no activations, but the gradient in float32 for DeepSpeed's partition (ZeRO-1 and
-    2: and a flat copy; ZeRO-3: at most 10^9 parameters at a time).
-
-    Not in it: the CUDA context and libraries (about 1 GB), fragmentation of the allocator, buffers of NCCL.
+    Memory of one training step of `train.py`, on each device, by the formula of docs/memory.md.
 
     Args:
         config ([`MultiCoCoConfig`]): The model.
@@ -204,279 +169,340 @@ def estimate_memory(
     >>> batch = BatchShape(samples=1, tiles=13, text_tokens=300, label_tokens=60, thoughts=6)
     >>> estimate_memory(config, batch, bf16=True, zero_stage=2).peak / 2**30  # doctest: +SKIP
     ```"""
-    text, vision = config.text_config, config.vision_config
-    if zero_stage not in (None, 1, 2, 3):
-        raise ValueError(f"`zero_stage` is {zero_stage!r}, expected 1, 2 or 3, or None without DeepSpeed.")
-    if offload and zero_stage != 3:
-        raise ValueError(f"`offload` needs `zero_stage` 3, got {zero_stage}. Use ds_configs/zero3_offload.json.")
-    for name, value, least in (("num_devices", num_devices, 1), ("lora_rank", lora_rank, 0)):
-        if value < least:
-            raise ValueError(f"`{name}` is {value}, expected at least {least}.")
-    if text.model_type not in ("qwen2", "qwen3", "llama"):
-        raise ValueError(
-            f"`text_config.model_type` is {text.model_type!r}, but the formula knows what layers of qwen2, qwen3 and "
-            "llama keep. Leave out the estimate."
-        )
-    if lora_rank:
-        freeze_backbone = freeze_mlp = True
-    autocast = bf16 and zero_stage is None
-    weight = 2 if bf16 and zero_stage else 4
-    stream, act = weight, 2 if bf16 else 4
-
-    # Parameters.
-    with torch.device("meta"):
-        model = MultiCoCoForConditionalGeneration(config)
-    tower, projector, decoder = model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model
-    layer, vision_layer = _count(decoder.layers[0]), _count(tower.encoder.layer[0])
-    patching = _count(tower) - vision_layer * vision.num_hidden_layers
-    embedding = _count(decoder.embed_tokens)
-    head = 0 if config.tie_word_embeddings else _count(model.lm_head)
-    num_parameters = _count(decoder) + head + _count(tower) + _count(projector)
-    adapters = sum(
-        lora_rank * (part.in_features + part.out_features)
-        for part in decoder.layers[0].modules()
-        if isinstance(part, nn.Linear)
+    run = _Run(
+        bf16=bf16,
+        zero_stage=zero_stage,
+        offload=offload,
+        num_devices=num_devices,
+        activation_checkpointing=activation_checkpointing,
+        accumulate=accumulate,
+        lora_rank=lora_rank,
+        freeze_backbone=freeze_backbone,
+        freeze_llm=freeze_llm,
+        freeze_mlp=freeze_mlp,
     )
-    num_layers = text.num_hidden_layers
-    trained = {
-        "patching": 0 if freeze_backbone else patching,
-        "vision_layer": 0 if freeze_backbone else vision_layer,
-        "projector": 0 if freeze_mlp else _count(projector),
-        "layer": adapters if lora_rank else 0 if freeze_llm else layer,
-        "embedding": embedding if lora_rank or not freeze_llm else 0,
-        "norm": 0 if lora_rank or freeze_llm else _count(decoder.norm),
-        "head": head if lora_rank or not freeze_llm else 0,
-    }
-    num_trainable = sum(trained.values())
-    num_trainable += trained["layer"] * (num_layers - 1) + trained["vision_layer"] * (vision.num_hidden_layers - 1)
-    num_all = num_parameters + (num_trainable if lora_rank else 0)
-    if not num_trainable:
-        raise ValueError("All parts are frozen, so nothing is trained. Leave out one of the `freeze_` flags.")
-    partition = -(-num_trainable // num_devices)
-    weights = weight * num_all // (num_devices if zero_stage == 3 else 1)
-    gradients = weight * (partition if zero_stage in (2, 3) else num_trainable)
-    optimizer = (12 if zero_stage else 8) * (partition if zero_stage else num_trainable)
+    if config.text_config.model_type not in ("qwen2", "qwen3", "llama"):
+        raise ValueError(
+            f"`text_config.model_type` is {config.text_config.model_type!r}, but the formula knows what layers of "
+            "qwen2, qwen3 and llama keep. Leave out the estimate."
+        )
+    return _estimate(config, batch, run)
 
-    # What a forward leaves.
-    llm_trained, llm_products = not (freeze_llm or lora_rank), not freeze_llm or lora_rank > 0
-    tower_grad, features_grad = not freeze_backbone, not (freeze_backbone and freeze_mlp)
-    width, inner, heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or width // heads
-    query, key = heads * head_dim, text.num_key_value_heads * head_dim
-    embeds_grad = bool(trained["embedding"]) or features_grad
-    visual = batch.tiles * config.num_image_token
-    length = visual + batch.text_tokens + batch.thoughts + batch.label_tokens
-    chunks = [length]
-    if batch.thoughts and config.thought_feedback != "latent_one_pass":
-        chunks = [visual + batch.text_tokens, *[1] * (batch.thoughts - 1), 1 + batch.label_tokens]
-    num_passes = len(chunks)
 
-    per_norm = 4 * width + 4 + (stream * width if llm_trained else 0)
-    per_token = 2 * per_norm + _token_bytes(text, act, autocast, llm_trained, llm_products) + 7 * act * lora_rank
-    layer_cast = 2 * _products(decoder.layers[0]) if autocast else 0
-    adapter_cast = 2 * adapters if autocast else 0
-
-    segments, patches = [], batch.samples * batch.tiles * (tower.embeddings.patch_embeddings.num_patches + 1)
-    vision_width, vision_inner = vision.hidden_size, vision.intermediate_size
-    per_patch = _patch_bytes(vision, stream, act, autocast)
-    vision_input, vision_layer_saved = stream * vision_width * patches, per_patch * patches
-    vision_work = act * (vision_inner + 2 * vision_width) * patches
-    pixels = batch.samples * batch.tiles * vision.num_channels * vision.image_size[0] * vision.image_size[1]
-    vision_cast = 2 * _products(tower.encoder.layer[0]) if autocast else 0
-    if batch.tiles:
-        if tower_grad:
-            saved = vision_input if activation_checkpointing else vision_layer_saved
-            work = vision_work + (vision_layer_saved + vision_cast if activation_checkpointing else 0)
-            cast = 0 if activation_checkpointing else vision_cast
-            segments.append(
-                _Segment("vision", act * pixels * (act < 4), vision_input, "patching", trained["patching"])
-            )
-            for index in range(vision.num_hidden_layers):
-                group = f"vision{index}"
-                segments.append(_Segment("vision", saved, work, group, trained["vision_layer"], cast))
-        else:
-            segments.append(_Segment("vision", 0, vision_work + 2 * vision_input + vision_cast))
-        joined = int(vision_width / config.downsample_ratio**2)
-        saved = batch.samples * visual * (stream * joined + 8 + 2 * act * width + act * joined) * features_grad
-        work = batch.samples * visual * stream * 2 * joined
-        cast = 2 * _products(projector) if autocast and features_grad else 0
-        segments.append(_Segment("vision", saved, work, "projector", trained["projector"], cast))
-    embeds = batch.samples * length * stream * width
-    segments.append(_Segment("language", 0, embeds, "embedding", trained["embedding"]))
-    past = 0
-    for number, chunk in enumerate(chunks):
-        seen, tokens = past + chunk, batch.samples * chunk
-        masked = batch.padded or (number > 0 and chunk > 1)
-        keys = batch.samples * 2 * act * seen * (query if masked and chunk > 1 else key)
-        keys += batch.samples * act * chunk * seen if masked else 0
-        own = tokens * (stream + act) * key if num_passes > 1 else 0
-        if number == 0 and not masked and not activation_checkpointing:
-            own = tokens * stream * key if autocast and own else 0  # otherwise they are the saved ones
-        full = tokens * per_token + keys
-        has_grad = embeds_grad or llm_products or number > 0
-        work = act * (2 * inner + 2 * width) * tokens + (max(weight, act) * width * inner if num_passes > 1 else 0)
-        if activation_checkpointing:
-            saved, work = tokens * stream * width + own, work + full + layer_cast + adapter_cast
-            cast, keys_part = 0, own
-        else:
-            saved, keys_part = full + own, own + (keys if num_passes > 1 else 0)
-            cast = layer_cast if number == 0 or not llm_trained else 0
-            cast += adapter_cast if number == 0 else 0
-        passed_on = tokens * (stream + act) * key if num_passes > 1 and number == 0 else 0
-        if not has_grad:
-            saved = cast = keys_part = 0
-        for index in range(num_layers):
-            group = f"layer{index}"
-            segments.append(
-                _Segment("language", saved, work, group, trained["layer"], cast, keys_part, passed_on=passed_on)
-            )
-        segments.append(_Segment("language", tokens * (per_norm + 2 * stream * head_dim), 0, "norm", trained["norm"]))
-        past = seen
-    labels = batch.samples * batch.label_tokens
-    logits = labels * (12 * text.vocab_size + act * width)
-    cast = 2 * _products(model.lm_head) if autocast else 0
-    segments.append(_Segment("logits", logits, 2 * embeds, "head", trained["head"], cast))
-
-    # Buffers of the wrappers.
-    biggest = max(part.numel() for part in model.parameters())
-    buffers = host = 0
-    if zero_stage is None:
-        buffers = weight * num_trainable if num_devices > 1 else 0
-    else:
-        buffers = weight * max(width**2, biggest if trained["embedding"] and zero_stage > 1 else 0)
-    if zero_stage == 3:
-        buffers += weight * max(min(num_all, MAX_LIVE_PARAMETERS), biggest)
-
-    update = gradients
-    if zero_stage:
-        update += weight * partition if zero_stage < 3 else 0
-        update += 4 * (partition if zero_stage < 3 else min(partition, SUB_GROUP))
-    if offload:
-        host = weight * num_all // num_devices + 16 * partition
-        weights = gradients = optimizer = update = 0
-    # A gradient that passes share is complete, and leaves autograd, only when the first pass has been walked.
-    pending_rate = 0 if num_passes == 1 else 2 if autocast else weight
-    moved = not (accumulate or autocast or zero_stage in (2, 3))  # what was pending becomes the gradient as it is
-    step = _walk(segments, 0 if accumulate else gradients / num_trainable, pending_rate, moved)
-    step += gradients if accumulate else 0
-    pending = 0 if moved else pending_rate * (trained["layer"] * num_layers + trained["norm"])
+def _estimate(config: MultiCoCoConfig, batch: BatchShape, run: _Run) -> MemoryEstimate:
+    weights, chunks = _Weights(config, run), _chunks(config, batch)
+    segments = _segments(config, batch, chunks, run, weights)
+    buffers = _buffers(config.text_config.hidden_size, run, weights)
     casts = sum(segment.cast for segment in segments)
-    if autocast and activation_checkpointing:  # autocast keeps its copies until the forward ends
-        cached = [(tower, tower_grad), (projector, not freeze_mlp), (decoder, llm_trained), (model.lm_head, True)]
-        casts = sum(2 * _products(module) for module, is_trained in cached if is_trained)
-        step = max(step, sum(segment.saved for segment in segments) + casts)
-    passed_on = sum(segment.passed_on for segment in segments)
+    if run.activation_checkpointing:  # layers keep none, but autocast does until the forward ends
+        casts = weights.cached_casts(run)
+    layer, norm = weights.parts["layer"], weights.parts["norm"]
+    shared = layer.trained * layer.count + norm.trained if len(chunks) > 1 else 0
+    kept = dict.fromkeys(("vision", "language", "logits"), 0)
+    for segment in segments:
+        kept[segment.part] += segment.saved - segment.key_values
     return MemoryEstimate(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
+        **kept,
+        weights=weights.weights,
+        gradients=weights.gradients,
+        optimizer=weights.optimizer,
         casts=casts,
-        vision=sum(segment.saved for segment in segments if segment.part == "vision"),
-        language=sum(segment.saved - segment.key_values for segment in segments if segment.part == "language"),
-        key_values=sum(segment.key_values for segment in segments) + passed_on,
-        logits=logits,
-        pending=pending,
+        key_values=sum(segment.key_values + segment.passed_on for segment in segments),
+        pending=0 if run.hands_over else run.act * shared,
         working=max(segment.working for segment in segments),
         buffers=buffers,
-        peak=weights + optimizer + buffers + max(step, update),
-        host=host,
-        num_parameters=num_parameters,
-        num_trainable=num_trainable,
+        peak=weights.weights + weights.optimizer + buffers + _peak(segments, casts, run, weights),
+        host=weights.host,
+        num_parameters=weights.num_parameters,
+        num_trainable=weights.num_trainable,
     )
-
-
-def _patch_bytes(vision, stream: int, act: int, autocast: bool) -> int:
-    """What a layer of the tower saves for each patch."""
-    width, copies = vision.hidden_size, 3 if autocast else 1
-    norms = 2 * ((4 + stream) * width + 4 if vision.norm_type == "rms_norm" else stream * width + 8)
-    attention = act * width * (copies + 4) + 4 * vision.num_attention_heads
-    attention += 2 * ((4 + act) * width + 4) if vision.use_qk_norm else 0
-    mlp = act * width + 2 * act * vision.intermediate_size
-    return norms + attention + mlp + 2 * act * width
-
-
-def _token_bytes(text, act: int, autocast: bool, norms_trained: bool, products_trained: bool) -> int:
-    """What a layer of the language model saves for each token, beside its two norms, keys, values and masks."""
-    width, heads = text.hidden_size, text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or width // heads
-    saved = 2 * act * heads * head_dim + 4 * heads + (4 if products_trained else 3) * act * text.intermediate_size
-    if products_trained:
-        saved += act * width * (3 + 2 if autocast else 2)
-    if text.model_type == "qwen3":  # norms of query and key
-        num_normed = heads + text.num_key_value_heads
-        saved += ((4 + (act if norms_trained else 0)) * head_dim + 4) * num_normed
-    return saved
 
 
 def worst_batches(dataset: StageDataset, batch_size: int) -> list[BatchShape]:
     """
     For each stage the shape of the batch of the `batch_size` longest records, padded as the collator does; where
     stages are mixed, with the most thoughts and the most labels that a record may be drawn with.
+
+    Args:
+        dataset ([`StageDataset`]): The training data.
+        batch_size (`int`): Samples of a micro batch.
     """
-    curriculum, rows = dataset.curriculum, dataset.tokenized
-    markers = 2 if curriculum.has_block else 0
+    visual = dataset.num_image_token
     batches = []
-    for stage in range(curriculum.last_stage + 1):
-        lengths = []
-        for row in rows:
-            thoughts, labels = [], []
-            for steps in row.rationales:  # one of these is drawn
-                drawn = [stage]
-                if curriculum.mix != "none" and curriculum.last_stage:
-                    drawn += range((len(steps) if curriculum.mix == "uniform" else stage) + 1)
-                for each in drawn:
-                    num_thoughts, num_gone = curriculum.counts(len(steps), each)
-                    thoughts.append(num_thoughts)
-                    labels.append(sum(map(len, steps[num_gone:])) + len(row.answer))
-            text = len(row.question) - len(row.num_patches_list) + markers
-            lengths.append((sum(row.num_patches_list), text, max(labels), max(thoughts)))
-        visual = dataset.num_image_token
-        lengths.sort(key=lambda length: length[0] * visual + sum(length[1:]), reverse=True)
-        longest = lengths[:batch_size]
-        tiles = math.ceil(sum(length[0] for length in longest) / len(longest))
+    for stage in range(dataset.curriculum.last_stage + 1):
+        rows = [_longest(row, stage, dataset.curriculum) for row in dataset.tokenized]
+        rows.sort(key=lambda row: row[0] * visual + sum(row[1:]), reverse=True)
+        tiles, texts, labels, thoughts = zip(*rows[:batch_size], strict=True)
+        mean = math.ceil(sum(tiles) / len(tiles))
+        prompt = max(count * visual + text for count, text in zip(tiles, texts, strict=True))
         batches.append(
             BatchShape(
                 samples=batch_size,
-                tiles=tiles,
-                text_tokens=max(1, max(length[0] * visual + length[1] for length in longest) - tiles * visual),
-                label_tokens=max(length[2] for length in longest),
-                thoughts=max(length[3] for length in longest),
+                tiles=mean,
+                text_tokens=max(1, prompt - mean * visual),
+                label_tokens=max(labels),
+                thoughts=max(thoughts),
                 padded=batch_size > 1,
             )
         )
     return batches
 
 
-def _walk(segments: list[_Segment], rate: float, pending_rate: int, moved: bool) -> int:
+def _longest(row: TokenizedRecord, stage: int, curriculum: CurriculumArguments) -> tuple[int, int, int, int]:
+    """At `stage`: tiles, text tokens, and the most labels and thoughts it may be drawn with."""
+    labels, thoughts = [], []
+    for steps in row.rationales:  # one of these is drawn
+        drawn = [stage]
+        if curriculum.mix != "none" and curriculum.last_stage:
+            drawn += range((len(steps) if curriculum.mix == "uniform" else stage) + 1)
+        for each in drawn:
+            num_thoughts, num_gone = curriculum.counts(len(steps), each)
+            thoughts.append(num_thoughts)
+            labels.append(sum(map(len, steps[num_gone:])) + len(row.answer))
+    markers = 2 if curriculum.has_block else 0
+    text = len(row.question) - len(row.num_patches_list) + markers
+    return sum(row.num_patches_list), text, max(labels), max(thoughts)
+
+
+# --- what the weights are ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Modules of one kind. The numbers are those of one of them."""
+
+    parameters: int
+    trained: int  # with LoRA those of its adapters
+    products: int  # weights of matrix products and convolutions: what autocast copies
+    count: int
+
+
+def _part(*modules: nn.Module, trained: bool, count: int = 1, adapters: int = 0) -> _Part:
+    parameters = sum(weight.numel() for module in modules for weight in module.parameters())
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    products = sum(layer.weight.numel() for layer in layers)
+    return _Part(parameters, adapters or (parameters if trained else 0), products, count)
+
+
+class _Weights:
+    """Parameters by kind of module, and the bytes that weights, gradients and optimizer take on each device."""
+
+    def __init__(self, config: MultiCoCoConfig, run: _Run):
+        with torch.device("meta"):
+            model = MultiCoCoForConditionalGeneration(config)
+        tower, decoder = model.model.vision_tower, model.model.language_model
+        tower_layers, layers = tower.encoder.layer, decoder.layers
+        others = [part for part in tower.children() if part is not tower.encoder]
+        products = [part for part in layers[0].modules() if isinstance(part, nn.Linear)]
+        adapters = run.lora_rank * sum(part.in_features + part.out_features for part in products)
+        untied = not config.tie_word_embeddings
+        self.parts = {
+            "patching": _part(*others, trained=run.tower_trained),
+            "tower layer": _part(tower_layers[0], trained=run.tower_trained, count=len(tower_layers)),
+            "projector": _part(model.model.multi_modal_projector, trained=run.projector_trained),
+            "embedding": _part(decoder.embed_tokens, trained=run.decoder_learns),
+            "layer": _part(layers[0], trained=run.decoder_trained, count=len(layers), adapters=adapters),
+            "norm": _part(decoder.norm, trained=run.decoder_trained),
+            "head": _part(model.lm_head, trained=untied and run.decoder_learns, count=int(untied)),
+        }
+        self.largest = max(weight.numel() for weight in model.parameters())
+        self.num_parameters = sum(part.parameters * part.count for part in self.parts.values())
+        self.num_trainable = sum(part.trained * part.count for part in self.parts.values())
+        if not self.num_trainable:
+            raise ValueError("All parts are frozen, so nothing is trained. Leave out one of the `freeze_` flags.")
+        self.num_all = self.num_parameters + (self.num_trainable if run.lora_rank else 0)  # with adapters
+        self.partition = -(-self.num_trainable // run.num_devices)  # what ZeRO leaves to a device
+        self.weights = run.weight * self.num_all // (run.num_devices if run.zero_stage == 3 else 1)
+        self.gradients = run.weight * (self.partition if run.zero_stage in (2, 3) else self.num_trainable)
+        self.optimizer = 12 * self.partition if run.zero_stage else 8 * self.num_trainable
+        self.host = 0
+        if run.offload:
+            self.host = run.weight * self.num_all // run.num_devices + 16 * self.partition
+            self.weights = self.gradients = self.optimizer = 0
+
+    def cached_casts(self, run: _Run) -> int:
+        """The copies that autocast makes once and keeps until the forward ends: of trained weights, and the head's."""
+        parts = [] if run.lora_rank else [part for name, part in self.parts.items() if part.trained and name != "head"]
+        return run.cast(sum(part.products * part.count for part in parts) + self.parts["head"].products)
+
+
+# --- what a forward leaves for the backward ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A stretch of the forward: what it leaves for the backward, and which weights get their gradient there."""
+
+    part: str
+    saved: int
+    working: int = 0
+    group: str | None = None
+    gradient: int = 0  # of `group`, which exists from the last segment of the group on (backward runs in reverse)
+    cast: int = 0  # copies of the weights, released with the saved tensors
+    key_values: int = 0  # its part of `saved`
+    passed_on: int = 0  # gradients of its keys and values, which later passes make and it uses
+
+
+def _chunks(config: MultiCoCoConfig, batch: BatchShape) -> list[int]:
+    """Tokens of each pass of the language model, per sample."""
+    prefix, suffix = batch.tiles * config.num_image_token + batch.text_tokens, batch.label_tokens
+    if not batch.thoughts or config.thought_feedback == "latent_one_pass":
+        return [prefix + batch.thoughts + suffix]
+    return [prefix, *[1] * (batch.thoughts - 1), 1 + suffix]
+
+
+def _segments(
+    config: MultiCoCoConfig, batch: BatchShape, chunks: list[int], run: _Run, weights: _Weights
+) -> list[_Segment]:
+    """The forward of tower, projector, language model and head, in this order."""
+    text, parts = config.text_config, weights.parts
+    segments = _vision_segments(config, batch, run, weights) if batch.tiles else []
+    embeds = batch.samples * sum(chunks) * run.weight * text.hidden_size
+    segments.append(_Segment("language", 0, embeds, "embedding", parts["embedding"].trained))
+    norm = _rms_norm_bytes(text.hidden_size, run.weight if run.decoder_trained else 0)
+    norm += 2 * run.weight * _head_dim(text)  # cosines and sines, which all layers share
+    for number, chunk in enumerate(chunks):
+        layer = _layer_segment(text, batch, chunks, number, run, parts["layer"])
+        segments += [dataclasses.replace(layer, group=f"layer {index}") for index in range(parts["layer"].count)]
+        segments.append(_Segment("language", batch.samples * chunk * norm, 0, "norm", parts["norm"].trained))
+    logits = batch.samples * batch.label_tokens * (12 * text.vocab_size + run.act * text.hidden_size)
+    cast = run.cast(parts["head"].products)
+    return [*segments, _Segment("logits", logits, 2 * embeds, "head", parts["head"].trained, cast)]
+
+
+def _vision_segments(config: MultiCoCoConfig, batch: BatchShape, run: _Run, weights: _Weights) -> list[_Segment]:
+    vision, layer, projector = config.vision_config, weights.parts["tower layer"], weights.parts["projector"]
+    tiles, width = batch.samples * batch.tiles, vision.hidden_size
+    rows, columns = (size // side for size, side in zip(vision.image_size, vision.patch_size, strict=True))
+    patches = tiles * (rows * columns + 1)
+    stream = run.weight * width * patches
+    saved, cast = _patch_bytes(vision, run) * patches, run.cast(layer.products)
+    working = run.act * (vision.intermediate_size + 2 * width) * patches
+    if run.tower_trained:
+        pixels = tiles * vision.num_channels * math.prod(vision.image_size)
+        copied = run.act * pixels if run.bf16 else 0  # float32 ones are the batch's own
+        segments = [_Segment("vision", copied, stream, "patching", weights.parts["patching"].trained)]
+        if run.activation_checkpointing:
+            saved, working, cast = stream, working + saved + cast, 0
+        for index in range(layer.count):
+            segments.append(_Segment("vision", saved, working, f"tower layer {index}", layer.trained, cast))
+    else:
+        segments = [_Segment("vision", 0, working + 2 * stream + cast)]
+    visual, joined = tiles * config.num_image_token, int(width / config.downsample_ratio**2)
+    saved = visual * (run.weight * joined + 8 + run.act * (2 * config.text_config.hidden_size + joined))
+    saved, cast = (saved, run.cast(projector.products)) if run.tower_trained or run.projector_trained else (0, 0)
+    working = 2 * visual * run.weight * joined
+    return [*segments, _Segment("vision", saved, working, "projector", projector.trained, cast)]
+
+
+def _layer_segment(
+    text: PreTrainedConfig, batch: BatchShape, chunks: list[int], number: int, run: _Run, layer: _Part
+) -> _Segment:
+    """One layer of the language model in pass `number`."""
+    first, several, chunk, seen = number == 0, len(chunks) > 1, chunks[number], sum(chunks[: number + 1])
+    tokens, width = batch.samples * chunk, text.hidden_size
+    query, key = (heads * _head_dim(text) for heads in (text.num_attention_heads, text.num_key_value_heads))
+    masked = batch.padded or (not first and chunk > 1)
+    joined = batch.samples * 2 * run.act * seen * (query if masked and chunk > 1 else key)  # grouped heads, repeated
+    joined += batch.samples * run.act * chunk * seen if masked else 0
+    own = tokens * (run.weight + run.act) * key if several else 0
+    passed_on = own if first else 0
+    if first and not masked and not run.activation_checkpointing:
+        own = tokens * run.weight * key if several and run.autocast else 0  # otherwise they are the saved ones
+    saved = tokens * _token_bytes(text, run) + joined
+    working = run.act * (2 * text.intermediate_size + 2 * width) * tokens
+    working += run.weight * width * text.intermediate_size if several else 0
+    layer_cast, adapter_cast = run.cast(layer.products), run.cast(layer.trained) if run.lora_rank else 0
+    if run.activation_checkpointing:
+        working += saved + layer_cast + adapter_cast
+        saved, cast, key_values = tokens * run.weight * width + own, 0, own
+    else:
+        saved, key_values = saved + own, own + (joined if several else 0)
+        cast = layer_cast if first or not run.decoder_trained else 0
+        cast += adapter_cast if first else 0
+    return _Segment("language", saved, working, "layer", layer.trained, cast, key_values, passed_on)
+
+
+def _patch_bytes(vision: PreTrainedConfig, run: _Run) -> int:
+    """What a layer of the tower saves for each patch."""
+    width, copies = vision.hidden_size, 3 if run.autocast else 1
+    saved = 2 * (_rms_norm_bytes(width, run.weight) if vision.norm_type == "rms_norm" else run.weight * width + 8)
+    saved += 2 * _rms_norm_bytes(width, run.act) if vision.use_qk_norm else 0
+    saved += 4 * vision.num_attention_heads
+    return saved + run.act * ((copies + 1 + 4 + 2) * width + 2 * vision.intermediate_size)
+
+
+def _token_bytes(text: PreTrainedConfig, run: _Run) -> int:
+    """What a layer of the language model saves for each token, beside keys, values and masks."""
+    width, heads, trained = text.hidden_size, text.num_attention_heads, run.decoder_trained
+    saved = 2 * _rms_norm_bytes(width, run.weight if trained else 0) + 7 * run.act * run.lora_rank
+    saved += 2 * run.act * heads * _head_dim(text) + 4 * heads
+    saved += (4 if run.decoder_learns else 3) * run.act * text.intermediate_size
+    if run.decoder_learns:
+        saved += run.act * width * (3 + 2 if run.autocast else 2)
+    if text.model_type == "qwen3":  # norms of query and key
+        saved += _rms_norm_bytes(_head_dim(text), run.act if trained else 0) * (heads + text.num_key_value_heads)
+    return saved
+
+
+def _rms_norm_bytes(width: int, normalised: int) -> int:
+    """What an RMS norm saves: its float32 input, `normalised` bytes for each normalised state, inverse deviation."""
+    return (4 + normalised) * width + 4
+
+
+def _head_dim(text: PreTrainedConfig) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+# --- what the wrappers buffer ------------------------------------------------------------------------------------
+
+
+def _buffers(width: int, run: _Run, weights: _Weights) -> int:
+    """Buckets of DistributedDataParallel or DeepSpeed, and the weights that ZeRO-3 gathers."""
+    if run.zero_stage is None:
+        return run.weight * weights.num_trainable if run.num_devices > 1 else 0
+    whole_gradient = run.zero_stage > 1 and weights.parts["embedding"].trained
+    buffers = run.weight * max(width**2, weights.largest if whole_gradient else 0)
+    if run.zero_stage == 3:
+        buffers += run.weight * max(min(weights.num_all, MAX_LIVE_PARAMETERS), weights.largest)
+    return buffers
+
+
+# --- the peak ----------------------------------------------------------------------------------------------------
+
+
+def _peak(segments: list[_Segment], casts: int, run: _Run, weights: _Weights) -> int:
+    """The most that activations, casts and gradients take together in a step: forward, backward, update."""
+    forward = sum(segment.saved for segment in segments) + casts
+    rate = 0 if run.accumulate else weights.gradients / weights.num_trainable
+    backward = _walk(segments, rate, run) + (weights.gradients if run.accumulate else 0)
+    update = weights.gradients
+    if run.zero_stage == 3:
+        update += 4 * min(weights.partition, SUB_GROUP)
+    elif run.zero_stage:
+        update += (run.weight + 4) * weights.partition
+    return max(forward, backward, 0 if run.offload else update)
+
+
+def _walk(segments: list[_Segment], rate: float, run: _Run) -> int:
     """
     The most that activations and gradients take together in the backward. `rate` is bytes per gradient that is kept
-    from this backward on, `pending_rate` per gradient that still waits for earlier passes.
+    from this backward on.
     """
-    first, last = {}, {}
-    for index, segment in enumerate(segments):
-        first.setdefault(segment.group, index)
-        last[segment.group] = index
-    alive = sum(segment.saved + segment.cast for segment in segments)
-    peak = 0
-    for index, segment in reversed(list(enumerate(segments))):
-        is_first, is_last = first[segment.group] == index, last[segment.group] == index
-        pending = 0 if is_first and is_last else pending_rate * segment.gradient
+    last = {segment.group: segment for segment in segments}
+    first = {segment.group: segment for segment in reversed(segments)}
+    alive: float = sum(segment.saved + segment.cast for segment in segments)
+    peak = 0.0
+    for segment in reversed(segments):
+        is_first, is_last = segment is first[segment.group], segment is last[segment.group]
+        # A gradient that passes share is complete, and leaves autograd, only when the first pass has been walked.
+        pending = 0 if is_first and is_last else run.act * segment.gradient
         if is_last:
-            alive += pending + segments[first[segment.group]].passed_on
+            alive += pending + first[segment.group].passed_on
         if is_first:
-            alive += rate * segment.gradient - (pending if moved else 0)
+            alive += rate * segment.gradient - (pending if run.hands_over else 0)
         peak = max(peak, alive + segment.working)
         alive -= segment.saved + segment.cast
         if is_first:
-            alive -= segment.passed_on + (0 if moved else pending)
+            alive -= segment.passed_on + (0 if run.hands_over else pending)
     return int(peak)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _products(module: nn.Module) -> int:
-    """Weights of the matrix products and convolutions in a module: what autocast copies."""
-    parts = [part for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
-    return sum(part.weight.numel() for part in parts)
