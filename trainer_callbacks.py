@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .compat import add_to_log, rank, world_size
+from .compat import add_to_log, delete_first, rank, world_size
 from .curriculum import CurriculumArguments
 from .data_multicoco import ReasoningCollator, StageDataset
 
@@ -149,7 +149,7 @@ class CompletionCallback(TrainerCallback):
             for checkpoint in Path(str(args.output_dir)).glob("checkpoint-*"):
                 if _step(checkpoint) > state.global_step:  # about to be written again
                     (checkpoint / COMPLETE).unlink(missing_ok=True)
-                    os.utime(checkpoint, (0, 0))  # `save_total_limit` deletes the oldest: this one before a whole one
+                    delete_first(checkpoint)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Marks the checkpoint, once every rank has written its part."""

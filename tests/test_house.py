@@ -576,3 +576,20 @@ def test_knowledge_is_written_once():
             if reads_mark and path.stem != "curriculum":
                 found.append(f"{place(path, node)}: how an answer is read")
     assert not found, offenders(found)
+
+
+# --- the walk of docs/architecture.md ----------------------------------------------------------------------------
+
+
+def test_the_walk_has_at_most_eight_hops_and_goes_down():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    hops = re.findall(r"^\| \d+ \| `([\w/]+\.py):([\w.]+)` \|", page, flags=re.MULTILINE)
+    assert 5 < len(hops) <= 8
+    lines = {}
+    for name, path in hops:
+        body = TREES[ROOT / name].body
+        for part in path.split("."):
+            (node,) = [item for item in body if getattr(item, "name", None) == part]
+            body = node.body
+        assert node.lineno > lines.get(name, 0), f"{name}:{path} stands above the hop before it"
+        lines[name] = node.lineno
