@@ -3,6 +3,8 @@
 Each function says in its last line what upstream could offer instead.
 """
 
+from __future__ import annotations
+
 import argparse
 import atexit
 import contextlib
@@ -15,22 +17,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeGuard
 
-import torch
-import torch.distributed as dist
 from huggingface_hub.utils import httpx  # as it stands there: `import httpx` would be asked of who loads remote code
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.integrations.fsdp import is_fsdp_managed_module
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_torch_available
 
+
+if is_torch_available():  # a configuration and a tokenizer load without it
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from transformers.integrations.fsdp import is_fsdp_managed_module
 
 # What a picture that cannot be fetched raises, none of it an `OSError`. Upstream: `load_image` that raises one.
 DOWNLOAD_ERRORS: tuple[type[Exception], ...] = (httpx.HTTPError, httpx.InvalidURL)
 # What auto classes, and programs that call them, hand to every `from_pretrained`, to a processor's too. Upstream: auto
 # classes that keep to themselves what is theirs.
 LOADER_KWARGS = ["trust_remote_code", "code_revision", "use_fast", "backend", "dtype", "torch_dtype", "device_map"]
-LOADER_KWARGS += ["repo_type", "user_agent", "_from_auto", "_commit_hash"]
+LOADER_KWARGS += ["attn_implementation", "config", "repo_type", "user_agent", "_from_auto", "_commit_hash"]
 
 
 def world_size() -> int:
@@ -263,7 +267,8 @@ def put_first(trainer: Any, callbacks: Sequence[Any]) -> None:
 
     Upstream: a place in the order for `callbacks=`.
     """
-    trainer.callback_handler.callbacks.sort(key=lambda callback: callback not in callbacks)
+    own = [callback for callback in callbacks if isinstance(callback, type)]
+    trainer.callback_handler.callbacks.sort(key=lambda one: one not in callbacks and type(one) not in own)
 
 
 def set_scheduler(trainer: Any, scheduler: Any) -> None:

@@ -72,6 +72,8 @@ UNREADABLE += (Image.DecompressionBombError,)
 # Arguments of `from_pretrained` that are the tokenizer's.
 TOKENIZER_KWARGS = ["padding_side", "truncation_side", "model_max_length", "split_special_tokens"]
 TOKENIZER_KWARGS += ["clean_up_tokenization_spaces", "extra_special_tokens", "additional_special_tokens"]
+TOKENIZER_KWARGS += ["add_bos_token", "add_eos_token", "add_prefix_space", "fix_mistral_regex", "from_slow", "legacy"]
+TOKENIZER_KWARGS += ["gguf_file", "tokenizer_type", "verbose"]
 TOKENIZER_KWARGS += PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
 
 _ASSISTANT_TURN = f"{TURN_START_TOKEN}assistant\n"
@@ -287,7 +289,8 @@ class MultiCoCoProcessor(ProcessorMixin):
         """
         settings = {*GotOcr2ImageProcessorPil.valid_kwargs.__annotations__, "num_image_token", "chat_template"}
         settings |= {"image_processor", "tokenizer", *TOKENIZER_KWARGS}
-        unknown = kwargs.keys() - settings - {*HUB_KWARGS, *LOADER_KWARGS}
+        given = {name for name, value in kwargs.items() if value is not None}
+        unknown = given - settings - {*HUB_KWARGS, *LOADER_KWARGS}
         if unknown and "_from_pipeline" not in kwargs:  # a pipeline hands on what is the model's
             raise ValueError(
                 f"`from_pretrained` of a processor does not know {sorted(unknown)}. Check the spelling, or set it on "

@@ -96,7 +96,8 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
     if is_main:
         write_settings(settings, trainer)
         write_results(trainer.state.log_history, output_dir)
-        print(f"\n{results_table(trainer.state.log_history)}".rstrip())
+        if table := results_table(trainer.state.log_history):
+            print(f"\n{table}")
         print(f"\nmodel, results.json and results.png are in {output_dir}")
         if model_args.lora_rank:
             model.config.save_pretrained(output_dir)  # peft saves the adapters only

@@ -61,8 +61,12 @@ def find_settings(parser: HfArgumentParser, arguments: Sequence[str]) -> tuple[l
     flags = flags_of(parser)
     switches = {flag for flag, action in flags.items() if action.nargs in ("?", 0)}
     files, words, sources = [], [], {}
+    takes_several = False  # whether the flag before may have more values
     for before, argument in zip(["", *arguments], arguments, strict=False):
+        if before.startswith("--"):
+            takes_several = before in flags and flags[before].nargs in ("+", "*")
         is_value = before.startswith("--") and "=" not in before and before not in switches
+        is_value |= takes_several and not Path(argument).is_file()
         if argument.endswith(SETTINGS_FILES) and not argument.startswith("--") and not is_value:
             files.append(argument)
             continue

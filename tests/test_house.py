@@ -324,6 +324,25 @@ def test_what_is_below_runs_without_what_is_above(blocked, code, tmp_path):
     run_code(f"import sys\nsys.modules.update(dict.fromkeys({blocked!r}))  # importing them fails\n{names}{code}")
 
 
+NO_TORCH = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name.split(".")[0] == "torch" else find_spec(name, *args)
+sys.modules["torch"] = None
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import is_torch_available
+
+assert not is_torch_available()
+assert AutoConfig.from_pretrained(FOLDER, trust_remote_code=True).num_thoughts == 5
+assert len(AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)) > 6
+"""
+
+
+def test_a_saved_configuration_loads_without_torch(trails):
+    """`configuration_multicoco.py` knows no tensors; what it takes from `compat.py` does not either."""
+    run_code(f"FOLDER = {str(trails)!r}\n{NO_TORCH}")
+
+
 def test_importing_the_package_is_light():
     run_code(CLEAN)
 

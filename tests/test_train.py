@@ -14,13 +14,17 @@ import yaml
 from conftest import CHECKPOINT
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import TrainerCallback, TrainingArguments
 
-from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, train
+from multicoco import CurriculumArguments, MultiCoCoConfig, MultiCoCoForConditionalGeneration, train
+from multicoco.evaluation.settings import find_settings, make_parser
 from multicoco.recipes.trails import compare, show
 from multicoco.recipes.trails.prepare import prepare
 from multicoco.recipes.trails.start_model import make_start_model
+from multicoco.score import ScoreArguments
 from multicoco.trainer_callbacks import last_complete_checkpoint
 from multicoco.training.arguments import parse
+from multicoco.training.trainer import StageTrainer
 
 
 ROOT = Path(train.__file__).parent
@@ -152,6 +156,42 @@ def test_an_unknown_key_is_refused_by_name(write):
 def test_two_files_are_refused(write):
     with pytest.raises(ValueError, match="one settings file"):
         parse(None, [write("a.yaml", NEEDED), write("b.json", NEEDED)])
+
+
+def test_a_value_that_ends_like_a_settings_file_is_a_value(write, tmp_path):
+    """Behind a flag with several values only a file that is there is one of settings: a checkpoint is a folder."""
+    settings = write("a.yaml", {"data": "some.jsonl", "seed": 5})
+    parser = make_parser(ScoreArguments, description=None)
+    (tmp_path / "out_x.yaml").mkdir()
+    folder = str(tmp_path / "out_x.yaml")
+    words, sources = find_settings(parser, ["--model", "mt", folder, "--data", "b.json"])
+    assert words == ["--model", "mt", folder, "--data", "b.json"]
+    assert sources == {"model": "command line", "data": "command line"}
+    words, sources = find_settings(parser, ["--num_thoughts", "0", "2", settings, "--predictions_to", "c.json"])
+    assert words == ["--data", "some.jsonl", "--seed", "5", "--num_thoughts", "0", "2", "--predictions_to", "c.json"]
+    assert sources["data"] == settings
+
+
+class Noted(TrainerCallback):
+    pass
+
+
+@pytest.mark.parametrize("callbacks", [None, [Noted], [Noted()]], ids=["none", "class", "object"])
+def test_given_callbacks_come_before_the_trainers_own(callbacks, tmp_path):
+    args = TrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    trainer = StageTrainer(torch.nn.Linear(1, 1), args, curriculum=CurriculumArguments(), callbacks=callbacks)
+    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+    assert kinds.count(Noted) == len(callbacks or ())
+    assert kinds[: len(callbacks or ())] == [Noted] * len(callbacks or ())
+
+
+def test_the_card_takes_by_name_only_what_the_run_does_not_say(tmp_path):
+    args = TrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    trainer = StageTrainer(torch.nn.Linear(1, 1), args, curriculum=CurriculumArguments())
+    with pytest.raises(ValueError, match="'me/x'.*give those by name"):
+        trainer.create_model_card("me/x")
+    with pytest.raises(ValueError, match="dataset.*run's files"):
+        trainer.create_model_card(language="en", dataset="mine", tasks=None)
 
 
 def test_a_file_that_holds_no_names_is_refused(write):

@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..compat import put_first, set_scheduler
@@ -36,16 +36,22 @@ class StageTrainer(Trainer):
 
     Args:
         curriculum ([`CurriculumArguments`]): Says how long stages are.
-        callbacks (`Sequence[TrainerCallback]`): As of [`~transformers.Trainer`], like all other arguments.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): As of [`~transformers.Trainer`], like all other arguments.
     """
 
     train_dataset: StageDataset
     optimizer: Optimizer  # made before its schedule
 
-    def __init__(self, *, curriculum: CurriculumArguments, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        curriculum: CurriculumArguments,
+        callbacks: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ):
         self.curriculum = curriculum
-        super().__init__(callbacks=list(callbacks), **kwargs)
-        put_first(self, callbacks)
+        super().__init__(*args, callbacks=list(callbacks or ()), **kwargs)  # type: ignore[misc]  # never by its place
+        put_first(self, callbacks or ())
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -56,21 +62,24 @@ class StageTrainer(Trainer):
 
     def create_model_card(
         self,
+        *args: Any,
         language: str | None = None,
         license: str | None = None,
         tags: str | list[str] | None = None,
         model_name: str | None = None,
-        *args: Any,
         **kwargs: Any,
     ) -> None:
         """
-        README.md made from the run's files, in the place of the stock trainer's (and of peft's).
+        README.md made from the run's files, in the place of the stock trainer's (and of peft's); by keyword only.
 
         Raises:
-            ValueError: an argument of the stock trainer's whose value stands in the run's files.
+            ValueError: an argument of the stock trainer's whose value stands in the run's files, or one by its place.
         """
-        if args or kwargs:
-            raise ValueError(f"{[*args, *kwargs]}: the card takes them from the run's files. Leave them out.")
+        if refused := [*args, *(name for name, value in kwargs.items() if value is not None)]:
+            raise ValueError(
+                f"{refused}: the card takes all but `language`, `license`, `tags` and `model_name` from the run's "
+                "files. Leave them out, and give those by name."
+            )
         from .card import write_card  # which reads scores, while a training step needs nothing of evaluation/
 
         if self.is_world_process_zero():
