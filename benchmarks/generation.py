@@ -9,6 +9,7 @@ batch of one: the whole sequence runs again for every thought and every token. T
 scaled by the batch; its image is encoded once and its head reads one position, both kinder than the original.
 """
 
+import functools
 import statistics
 
 import torch
@@ -71,12 +72,8 @@ def main(args: BenchmarkArguments) -> None:
     sample = first_sample(batch)
     describe(args, model, batch, f"generate, {new_tokens} new tokens")
 
-    def native_generate():
-        return native.generate(**inputs, **settings)
-
-    def generate():
-        return model.generate(**inputs, num_patches_list=batch["num_patches_list"], **settings)
-
+    native_generate = functools.partial(native.generate, **inputs, **settings)
+    generate = functools.partial(model.generate, **inputs, num_patches_list=batch["num_patches_list"], **settings)
     prompt_length = inputs["input_ids"].shape[1]
     if native_generate().shape != (batch_size, prompt_length + new_tokens):
         raise RuntimeError("Native `generate` did not give the tokens that were asked for.")
