@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from multicoco import (
-    IMAGE_PLACEHOLDER,
     MultiCoCoForConditionalGeneration,
     MultiCoCoProcessor,
     load_records,
@@ -24,22 +23,10 @@ def answer(
     model: MultiCoCoForConditionalGeneration, processor: MultiCoCoProcessor, record: dict, num_thoughts: int
 ) -> list[str]:
     """The new tokens, decoded one by one, without the end of the turn."""
-    inputs = processor.apply_chat_template(
-        [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image", "path": record["images"][0]},
-                    {"type": "text", "text": question_text(record).removeprefix(f"{IMAGE_PLACEHOLDER}\n")},
-                ],
-            }
-        ],
-        num_thoughts=num_thoughts,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": question_text(record)}], num_thoughts=num_thoughts, add_generation_prompt=True
     )
+    inputs = processor(images=record["images"], text=prompt, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
     tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
     return [processor.tokenizer.decode([token]) for token in tokens if token != model.generation_config.eos_token_id]
