@@ -136,14 +136,8 @@ def measure(case: Case) -> tuple[int, MemoryEstimate]:
 
 
 def estimate(case: Case, config: MultiCoCoConfig) -> MemoryEstimate:
-    return estimate_memory(
-        config,
-        case.batch,
-        bf16=case.bf16,
-        activation_checkpointing=case.activation_checkpointing,
-        accumulate=case.accumulate,
-        **case.flags,
-    )
+    settings = {name: getattr(case, name) for name in ("bf16", "activation_checkpointing", "accumulate")}
+    return estimate_memory(config, case.batch, **settings, **case.flags)
 
 
 def print_measured() -> None:

@@ -209,14 +209,14 @@ def native_loss(native, batch, at_labels_only=False):
     if not at_labels_only:
         return native(**inputs, use_cache=False).loss
     labels = inputs.pop("labels")
+    return loss_at_labels(native, native.model(**inputs, use_cache=False).last_hidden_state, labels)
+
+
+def loss_at_labels(model, hidden_states, labels) -> torch.Tensor:
+    """The mean loss of hidden states `(B, T, D)`, with logits only where a label is."""
     rows, positions = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    hidden_states = native.model(**inputs, use_cache=False).last_hidden_state[rows, positions]
-    return native.loss_function(
-        logits=native.lm_head(hidden_states),
-        labels=None,
-        shift_labels=labels[rows, positions + 1],
-        vocab_size=native.config.text_config.vocab_size,
-    )
+    logits = model.lm_head(hidden_states[rows, positions])
+    return nn.functional.cross_entropy(logits.float(), labels[rows, positions + 1])
 
 
 def run_prefix(model, embeds, attention_mask) -> torch.Tensor:
@@ -241,10 +241,8 @@ def recompute_thoughts(model, batch) -> torch.Tensor:
 
 def recomputed_loss(model, batch):
     """The definition without a cache, all of it with gradients."""
-    labels = batch["labels"]
     states = run_prefix(model, recompute_thoughts(model, batch), batch["attention_mask"])
-    rows, positions = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    return nn.functional.cross_entropy(model.lm_head(states[rows, positions]).float(), labels[rows, positions + 1])
+    return loss_at_labels(model, states, batch["labels"])
 
 
 def make_step(model, loss_fn, checkpointing=False) -> Callable[[], None]:
@@ -254,12 +252,12 @@ def make_step(model, loss_fn, checkpointing=False) -> Callable[[], None]:
         model.train()
         if checkpointing:
             model.activation_checkpointing_enable()
+        else:
+            model.activation_checkpointing_disable()
         try:
             loss_fn().backward()
         finally:
             model.zero_grad(set_to_none=True)
-            if checkpointing:
-                model.activation_checkpointing_disable()
 
     return step
 

@@ -145,7 +145,7 @@ class Output:
         *,
         needs_steps: bool = True,
         needs_answer: bool = True,
-        row_id: Callable[[Any, int], str] = lambda row, number: str(number),
+        id_field: str | None = None,
         parts: Sequence[str] | None = None,
     ) -> list[dict[str, Any]]:
         """
@@ -154,7 +154,7 @@ class Output:
         Args:
             convert (`Callable`): From a row and its number to its record; raises [`LeftOut`].
             needs_steps, needs_answer (`bool`): As in `load_records`, which must accept every record.
-            row_id (`Callable`): How a row that is left out is named.
+            id_field (`str`, *optional*): The field that names a row that is left out; by default its number.
             parts (`Sequence[str]`, *optional*): The split that each row belongs to; by default all to this one.
         """
         records: dict[str, dict[str, Any]] = {}
@@ -168,7 +168,8 @@ class Output:
                         raise LeftOut("its id stands twice")
                     self._check(record, needs_steps=needs_steps, needs_answer=needs_answer)
                 except LeftOut as reason:
-                    self.left_out.append({"split": split, "row": row_id(row, number), "reason": str(reason)})
+                    name = str(number if id_field is None else row.get(id_field))
+                    self.left_out.append({"split": split, "row": name, "reason": str(reason)})
                     continue
                 records[record["id"]] = record
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")

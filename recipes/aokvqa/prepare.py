@@ -9,6 +9,7 @@ Writes train, dev (carved from train, so that val stays for the end), val and te
 
 import ast
 import collections
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -77,10 +78,8 @@ class HubCopy:
 def read_answers(value: Any) -> list[str]:
     """`direct_answers`: a list, or (on the Hub) the text of one."""
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
-            raise LeftOut("`direct_answers` is neither a list nor the text of one") from error
     if value is not None and not (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)):
         raise LeftOut("`direct_answers` is neither a list nor the text of one")
     return list(value or [])
@@ -149,16 +148,9 @@ def prepare(
 
             for part in ("train", "dev") if split == "train" else (split,):
                 needs = {"needs_steps": part == "train", "needs_answer": part != "test"}
-                records = output.write(
-                    part, rows, convert, row_id=lambda row, _: row["question_id"], parts=parts, **needs
-                )
-                output.write(
-                    f"{part}_direct",
-                    records,
-                    lambda record, _: without_choices(record),
-                    row_id=lambda record, _: record["id"],
-                    **needs,
-                )
+                records = output.write(part, rows, convert, id_field="question_id", parts=parts, **needs)
+                direct = (without_choices(record) for record in records)
+                output.write(f"{part}_direct", direct, lambda record, _: record, id_field="id", **needs)
     return output.summary()
 
 

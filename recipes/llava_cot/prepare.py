@@ -97,7 +97,7 @@ def prepare(
             return record
 
         for split in ("train", "dev", "val"):
-            output.write(split, rows, convert, row_id=lambda row, _: str(row.get("id")), parts=parts)
+            output.write(split, rows, convert, id_field="id", parts=parts)
     unused = sum(later_turns)
     return output.summary() + (f"\n{'':12}{unused:>8} later turns of conversations are not used" if unused else "")
 

@@ -37,7 +37,7 @@ def prepare(output_dir: str | Path, hub: str = "LightChen2333/M3CoT", max_steps:
     def convert(output, split, row, number):
         return make_record(row, output.image(f"{split}/{number:06d}", row["image"]), max_steps)
 
-    return prepare_hub(output_dir, "m3cot", hub, max_steps, convert, row_id=lambda row, _: row["id"])
+    return prepare_hub(output_dir, "m3cot", hub, max_steps, convert, id_field="id")
 
 
 def main() -> None:

@@ -76,11 +76,9 @@ def _draw_trail(rng, size, max_arrows) -> tuple[list[tuple[int, int]], list[int]
         trail, moves = [(int(rng.integers(size)), int(rng.integers(size)))], []
         while len(moves) < max_arrows:
             row, column = trail[-1]
-            ahead = {}
-            for move in options[row, column, : num_options[row, column]].tolist():
-                cell = (row + MOVES[move][0], column + MOVES[move][1])
-                if cell not in trail:
-                    ahead[move] = cell
+            moves_here = options[row, column, : num_options[row, column]].tolist()
+            cells = {move: (row + MOVES[move][0], column + MOVES[move][1]) for move in moves_here}
+            ahead = {move: cell for move, cell in cells.items() if cell not in trail}
             if not ahead:
                 break
             move = list(ahead)[int(rng.random() * len(ahead))]

@@ -51,17 +51,14 @@ def draw_answers(
     board.spines[:].set_visible(False)
 
     text.axis("off")
+    small, code = {"color": "0.4", "fontsize": 9}, {"family": "monospace"}
     lines = [
         (0.95, record["question"], {}),
-        (0.72, f"written reasoning, {len(written)} generated tokens", {"color": "0.4", "fontsize": 9}),
-        (0.61, "".join(written).replace("\n", "  →  "), {"family": "monospace"}),
-        (
-            0.39,
-            f"{num_thoughts} continuous thoughts, {len(latent)} generated token{'s'[: len(latent) > 1]}",
-            {"color": "0.4", "fontsize": 9},
-        ),
-        (0.28, "● " * num_thoughts + " " + "".join(latent).replace("\n", "  →  "), {"family": "monospace"}),
-        (0.06, f"right answer: {record['answer']}", {"color": "0.4", "fontsize": 9}),
+        (0.72, f"written reasoning, {len(written)} generated tokens", small),
+        (0.61, "".join(written).replace("\n", "  →  "), code),
+        (0.39, f"{num_thoughts} continuous thoughts, {len(latent)} generated token{'s'[: len(latent) > 1]}", small),
+        (0.28, "● " * num_thoughts + " " + "".join(latent).replace("\n", "  →  "), code),
+        (0.06, f"right answer: {record['answer']}", small),
     ]
     for height, line, style in lines:
         text.text(0, height, line, transform=text.transAxes, va="center", **({"fontsize": 11} | style))
