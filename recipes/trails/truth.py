@@ -148,7 +148,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     for seed in args.seeds:
         if not (args.output_dir / f"start-{seed}" / "model.safetensors").is_file():
             make_start_model(args.output_dir / f"start-{seed}", seed=seed)
-    pairs, folders = [(mode, seed) for seed in args.seeds for mode in args.modes], (args.data, args.output_dir)
+    pairs = [(mode, seed) for seed in args.seeds for mode in args.modes]
+    folders = (args.data, args.output_dir)
     run_all([training(*pair, *folders, settings) for pair in pairs], args.jobs, "trainings")
     controls = {"coconut": CONTROL} if CONTROL in args.modes else {}
     runs = [diagnosis(*pair, *folders, args.samples, controls.get(pair[0])) for pair in pairs]
