@@ -17,14 +17,14 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration
-from multicoco.benchmarks.passes import peak_memory, print_table
+from multicoco.benchmarks import passes
+from multicoco.benchmarks.passes import IGNORED, MIB, peak_memory, print_table, sizes
 from multicoco.training.arguments import ModelArguments
 from multicoco.training.loading import load_model
 from multicoco.training.memory import BatchShape, MemoryEstimate, estimate_memory
 
 
-GIB, MIB = 2**30, 2**20
-IGNORED = -100
+GIB = 2**30
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Case:
     flags: dict = field(default_factory=dict)  # of `ModelArguments`
 
 
-WIDE = dict(hidden_size=192, intermediate_size=768, num_hidden_layers=6, vocab_size=512)  # weights weigh more
+WIDE = sizes(192, 768, 6, 6)  # weights weigh more
 NO_THOUGHTS = BatchShape(2, 2, 40, 24, 0)
 CASES = {
     "plain": Case(batch=NO_THOUGHTS),
@@ -76,31 +76,17 @@ CASES = {
 
 
 def make_config(text: dict | None = None, vision: dict | None = None, **kwargs) -> MultiCoCoConfig:
-    """InternVL3's proportions, small: 56-pixel tiles of 4 visual tokens unless told otherwise."""
-    text = dict(hidden_size=128, intermediate_size=640, num_hidden_layers=3, vocab_size=512) | (text or {})
-    vision = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, image_size=112) | (vision or {})
-    text = dict(num_attention_heads=text["hidden_size"] // 32, num_key_value_heads=2) | text
-    vision = dict(num_attention_heads=2, patch_size=14, attention_bias=True, use_mean_pooling=True) | vision
-    common = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None, max_position_embeddings=32768)
-    size = text["vocab_size"]
-    return MultiCoCoConfig(
-        text_config=dict(model_type="qwen2", **common, **text),
-        vision_config=vision,
-        image_token_id=size - 1,
-        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2 // 4,
-        start_latent_id=size - 2,
-        latent_token_id=size - 3,
-        end_latent_id=size - 4,
-        tie_word_embeddings=False,
-        **kwargs,
-    )
+    """InternVL3's proportions, small: 112-pixel tiles of 16 visual tokens unless told otherwise."""
+    text = sizes(128, 640, 3, 4, vocab_size=512) | (text or {})
+    vision = sizes(64, 256, 2, 2, image_size=112) | (vision or {})
+    return passes.make_config(text, vision, **kwargs)
 
 
 def make_batch(config: MultiCoCoConfig, shape: BatchShape) -> dict:
     """A batch of this shape, as the collator makes it; with `padded` the last label of the first row is missing."""
     generator = torch.Generator().manual_seed(0)
     visual = config.num_image_token * shape.tiles
-    draw = lambda count: torch.randint(0, config.end_latent_id, (shape.samples, count), generator=generator)  # noqa: E731
+    draw = lambda count: torch.randint(0, config.start_latent_id, (shape.samples, count), generator=generator)  # noqa: E731
     full = lambda count, value: torch.full((shape.samples, count), value)  # noqa: E731
     ids = [full(visual, config.image_token_id), draw(shape.text_tokens)]
     ids += [full(shape.thoughts, config.latent_token_id), draw(shape.label_tokens)]
@@ -150,14 +136,8 @@ def measure(case: Case) -> tuple[int, MemoryEstimate]:
 
 
 def estimate(case: Case, config: MultiCoCoConfig) -> MemoryEstimate:
-    return estimate_memory(
-        config,
-        case.batch,
-        bf16=case.bf16,
-        activation_checkpointing=case.activation_checkpointing,
-        accumulate=case.accumulate,
-        **case.flags,
-    )
+    settings = {name: getattr(case, name) for name in ("bf16", "activation_checkpointing", "accumulate")}
+    return estimate_memory(config, case.batch, **settings, **case.flags)
 
 
 def print_measured() -> None:
@@ -195,9 +175,8 @@ FAMILY = {
     "38B": InternVL3(38.4, 5120, 27648, 64, 40, 8, large_tower=True),
     "78B": InternVL3(78.4, 8192, 29568, 80, 64, 8, large_tower=True),
 }
-TOWER_300M = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
-TOWER_6B = dict(hidden_size=3200, intermediate_size=12800, num_hidden_layers=45, num_attention_heads=25)
-TOWER_6B |= dict(norm_type="rms_norm", use_qk_norm=True, attention_bias=False)
+TOWER_300M = sizes(1024, 4096, 24, 16)
+TOWER_6B = sizes(3200, 12800, 45, 25, norm_type="rms_norm", use_qk_norm=True, attention_bias=False)
 TABLE_BATCH = BatchShape(samples=1, tiles=13, text_tokens=300, label_tokens=60, thoughts=6)
 RUNS = {
     "ZeRO-2": dict(zero_stage=2),
@@ -213,14 +192,8 @@ OVERHEAD = 2 * GIB  # context, libraries and NCCL, which the formula leaves out
 
 def make_internvl3(member: InternVL3) -> MultiCoCoConfig:
     """The configuration of an InternVL3, with thought tokens."""
-    text = dict(
-        hidden_size=member.width,
-        intermediate_size=member.inner,
-        num_hidden_layers=member.layers,
-        num_attention_heads=member.heads,
-        num_key_value_heads=member.key_heads,
-        vocab_size=151674 + 3,
-    )
+    text = sizes(member.width, member.inner, member.layers, member.heads, vocab_size=151674 + 3)
+    text["num_key_value_heads"] = member.key_heads
     return make_config(text, {"image_size": 448, **(TOWER_6B if member.large_tower else TOWER_300M)})
 
 

@@ -9,6 +9,7 @@ ordinary word. A step is forward and backward; gradients start as `None`; there 
 every repetition, and a ratio is the median of the ratios within a repetition, so a drift of the machine cancels.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -43,12 +45,19 @@ class Shape:
     max_new_tokens: int
 
 
+def sizes(width: int, inner: int, layers: int, heads: int, **others) -> dict:
+    """The part of a configuration that a language model and a tower both have."""
+    return dict(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, **others
+    )
+
+
 # `cpu` has the proportions of Qwen2.5 (few key/value heads, an MLP five times as wide). Its tower is small next to
 # InternViT, which takes most of a real step and costs both sides the same: that would only hide the passes.
 SHAPES = {
     "tiny": Shape(
-        text=dict(hidden_size=64, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4, vocab_size=256),
-        vision=dict(hidden_size=32, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=56),
+        text=sizes(64, 320, 2, 4, vocab_size=256),
+        vision=sizes(32, 128, 1, 2, image_size=56),
         tiles=2,
         batch_size=2,
         generate_batch_size=2,
@@ -57,10 +66,8 @@ SHAPES = {
         max_new_tokens=3,
     ),
     "cpu": Shape(
-        text=dict(
-            hidden_size=512, intermediate_size=2560, num_hidden_layers=3, num_attention_heads=8, vocab_size=8192
-        ),
-        vision=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2, image_size=448),
+        text=sizes(512, 2560, 3, 8, vocab_size=8192),
+        vision=sizes(64, 256, 1, 2, image_size=448),
         tiles=2,
         batch_size=8,
         generate_batch_size=16,
@@ -69,12 +76,8 @@ SHAPES = {
         max_new_tokens=32,
     ),
     "internvl3-1b": Shape(
-        text=dict(
-            hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, vocab_size=151674
-        ),
-        vision=dict(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=448
-        ),
+        text=sizes(896, 4864, 24, 14, vocab_size=151674),
+        vision=sizes(1024, 4096, 24, 16, image_size=448),
         tiles=7,
         batch_size=8,
         generate_batch_size=16,
@@ -128,43 +131,36 @@ class Row:
     peak: int | None = None  # bytes above the weights
 
 
+def make_config(text: dict, vision: dict, **kwargs) -> MultiCoCoConfig:
+    """InternVL3's, with thought tokens, for a language model and a tower of these sizes."""
+    size = text["vocab_size"]
+    common = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None, max_position_embeddings=32768)
+    common |= dict(num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    return MultiCoCoConfig(
+        text_config=dict(model_type="qwen2", **(common | text)),
+        vision_config=dict(patch_size=14, attention_bias=True, use_mean_pooling=True) | vision,
+        image_token_id=size - 1,
+        image_seq_length=(vision["image_size"] // 14) ** 2 // 4,
+        end_latent_id=size - 2,
+        latent_token_id=size - 3,
+        start_latent_id=size - 4,
+        tie_word_embeddings=False,
+        **kwargs,
+    )
+
+
 def make_models(args: BenchmarkArguments):
     """Native InternVL and multicoco with the same random weights."""
     shape = SHAPES[args.shape]
-    vocab_size = shape.text["vocab_size"]
-    patches = (shape.vision["image_size"] // 14) ** 2
-    values = dict(
-        text_config=dict(
-            model_type="qwen2",
-            num_key_value_heads=2,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-            max_position_embeddings=32768,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-            **shape.text,
-        ),
-        vision_config=dict(patch_size=14, attention_bias=True, use_mean_pooling=True, **shape.vision),
-        image_token_id=vocab_size - 1,
-        image_seq_length=patches // 4,
-        downsample_ratio=0.5,
-        tie_word_embeddings=False,
-    )
-    thoughts = dict(
-        end_latent_id=vocab_size - 2,
-        latent_token_id=vocab_size - 3,
-        start_latent_id=vocab_size - 4,
-        num_thoughts=args.num_thoughts,
-    )
+    config = make_config(shape.text, shape.vision, num_thoughts=args.num_thoughts)
     set_seed(0)
     with torch.device(args.device):
-        native = InternVLForConditionalGeneration(InternVLConfig(**values))
-        model = MultiCoCoForConditionalGeneration(MultiCoCoConfig(**values, **thoughts))
-    native.to(getattr(torch, args.dtype))
-    model.to(getattr(torch, args.dtype))
-    model.load_state_dict(native.state_dict(), strict=True)
+        native = InternVLForConditionalGeneration(InternVLConfig(**config.to_dict()))
+        model = MultiCoCoForConditionalGeneration(config)
     for each in (native, model):
+        each.to(getattr(torch, args.dtype))
         each.set_attn_implementation(args.attn_implementation)
+    model.load_state_dict(native.state_dict(), strict=True)
     return native, model
 
 
@@ -213,14 +209,14 @@ def native_loss(native, batch, at_labels_only=False):
     if not at_labels_only:
         return native(**inputs, use_cache=False).loss
     labels = inputs.pop("labels")
+    return loss_at_labels(native, native.model(**inputs, use_cache=False).last_hidden_state, labels)
+
+
+def loss_at_labels(model, hidden_states, labels) -> torch.Tensor:
+    """The mean loss of hidden states `(B, T, D)`, with logits only where a label is."""
     rows, positions = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    hidden_states = native.model(**inputs, use_cache=False).last_hidden_state[rows, positions]
-    return native.loss_function(
-        logits=native.lm_head(hidden_states),
-        labels=None,
-        shift_labels=labels[rows, positions + 1],
-        vocab_size=native.config.text_config.vocab_size,
-    )
+    logits = model.lm_head(hidden_states[rows, positions])
+    return nn.functional.cross_entropy(logits.float(), labels[rows, positions + 1])
 
 
 def run_prefix(model, embeds, attention_mask) -> torch.Tensor:
@@ -245,10 +241,8 @@ def recompute_thoughts(model, batch) -> torch.Tensor:
 
 def recomputed_loss(model, batch):
     """The definition without a cache, all of it with gradients."""
-    labels = batch["labels"]
     states = run_prefix(model, recompute_thoughts(model, batch), batch["attention_mask"])
-    rows, positions = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    return nn.functional.cross_entropy(model.lm_head(states[rows, positions]).float(), labels[rows, positions + 1])
+    return loss_at_labels(model, states, batch["labels"])
 
 
 def make_step(model, loss_fn, checkpointing=False) -> Callable[[], None]:
@@ -258,12 +252,12 @@ def make_step(model, loss_fn, checkpointing=False) -> Callable[[], None]:
         model.train()
         if checkpointing:
             model.activation_checkpointing_enable()
+        else:
+            model.activation_checkpointing_disable()
         try:
             loss_fn().backward()
         finally:
             model.zero_grad(set_to_none=True)
-            if checkpointing:
-                model.activation_checkpointing_disable()
 
     return step
 
@@ -300,16 +294,12 @@ def peak_memory(run: Callable[[], object], device: str) -> int:
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profile:
         run()
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "trace.json")
-        profile.export_chrome_trace(path)
-        with open(path, encoding="utf-8") as file:
-            events = json.load(file)["traceEvents"]
-    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
-    alive = peak = 0
-    for _, change in sorted(changes, key=lambda change: change[0]):
-        alive += change
-        peak = max(peak, alive)
-    return peak
+        path = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    changes.sort(key=lambda event: event["ts"])
+    return max(itertools.accumulate((event["args"]["Bytes"] for event in changes), initial=0))
 
 
 def measure(rows: list[Row], repetitions: int, device: str) -> None:

@@ -29,14 +29,12 @@ def make_dataset(records: list[dict]) -> Dataset:
     prompts = [
         question_text(record).removeprefix(f"{IMAGE_PLACEHOLDER}\n" * len(record["images"])) for record in records
     ]
-    dataset = Dataset.from_dict(
-        {
-            "prompt": [[{"role": "user", "content": prompt}] for prompt in prompts],
-            "images": [record["images"] for record in records],
-            "answer": [record["answer"] for record in records],
-        }
-    )
-    return dataset.cast_column("images", List(Image()))
+    columns = {
+        "prompt": [[{"role": "user", "content": prompt}] for prompt in prompts],
+        "images": [record["images"] for record in records],
+        "answer": [record["answer"] for record in records],
+    }
+    return Dataset.from_dict(columns).cast_column("images", List(Image()))
 
 
 def exact_match(completions: list[list[dict]], answer: list[str], **kwargs: Any) -> list[float]:

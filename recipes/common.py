@@ -3,12 +3,13 @@
 import argparse
 import collections
 import contextlib
+import functools
 import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,11 @@ def read_split(source: str, split: str) -> Dataset:
     return dataset
 
 
+def image_bytes(image: Mapping[str, Any] | None) -> bytes:
+    """The file of an image of [`read_split`]; nothing where a row has none."""
+    return (image or {}).get("bytes") or b""
+
+
 def carve(groups: Iterable[str], count: int, seed: int) -> set[str]:
     """
     Groups (an image each, say) that together hold at least `count` rows, drawn by `seed`: the dev split.
@@ -139,33 +145,38 @@ class Output:
         *,
         needs_steps: bool = True,
         needs_answer: bool = True,
-        row_id: Callable[[Any, int], str] = lambda row, number: str(number),
-    ) -> None:
+        id_field: str | None = None,
+        parts: Sequence[str] | None = None,
+    ) -> list[dict[str, Any]]:
         """
-        Writes `{split}.jsonl`.
+        Writes `{split}.jsonl` and returns its records.
 
         Args:
             convert (`Callable`): From a row and its number to its record; raises [`LeftOut`].
             needs_steps, needs_answer (`bool`): As in `load_records`, which must accept every record.
-            row_id (`Callable`): How a row that is left out is named.
+            id_field (`str`, *optional*): The field that names a row that is left out; by default its number.
+            parts (`Sequence[str]`, *optional*): The split that each row belongs to; by default all to this one.
         """
-        self.counts.setdefault(split, 0)
-        seen = set()
+        records: dict[str, dict[str, Any]] = {}
         with open(self.folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as file:
             for number, row in enumerate(rows):
+                if parts is not None and parts[number] != split:
+                    continue
                 try:
                     record = convert(row, number)
-                    if record["id"] in seen:
+                    if record["id"] in records:
                         raise LeftOut("its id stands twice")
                     self._check(record, needs_steps=needs_steps, needs_answer=needs_answer)
                 except LeftOut as reason:
-                    self.left_out.append({"split": split, "row": row_id(row, number), "reason": str(reason)})
+                    name = str(number if id_field is None else row.get(id_field))
+                    self.left_out.append({"split": split, "row": name, "reason": str(reason)})
                     continue
-                seen.add(record["id"])
-                self.counts[split] += 1
+                records[record["id"]] = record
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        if not seen:
+        self.counts[split] = len(records)
+        if not records:
             raise ValueError(f"The split `{split}` has no usable row. {self.summary()}")
+        return list(records.values())
 
     def _check(self, record: dict[str, Any], **needs: bool) -> None:
         images = [str(self.folder / image) for image in record["images"]]
@@ -175,8 +186,9 @@ class Output:
             reason = str(error).removeprefix(f"Record {record['id']!r}: ")
             raise LeftOut(f"no valid record: {reason}") from error
 
-    def image(self, name: str, content: bytes | None) -> str:
-        """Writes an image as it came, under `name` with the ending of its format; returns its relative path."""
+    def image(self, name: str, image: Mapping[str, Any] | None) -> str:
+        """Writes the Hub's image as it came, under `name` with the ending of its format; returns its relative path."""
+        content = image_bytes(image)
         if not content:
             raise LeftOut("no image")
         ending = _image_format(io.BytesIO(content))
@@ -248,6 +260,30 @@ def new_folder(output_dir: str | Path, settings: dict[str, Any]) -> Iterator[Out
     (partial / "left_out.jsonl").write_text("".join(lines), encoding="utf-8")
     shutil.rmtree(output_dir, ignore_errors=True)
     os.replace(partial, output_dir)
+
+
+def prepare_hub(
+    output_dir: str | Path,
+    data_set: str,
+    hub: str,
+    max_steps: int,
+    convert: Callable[[Output, str, Any, int], dict[str, Any]],
+    **write: Any,
+) -> str:
+    """
+    Makes a data set of the Hub with its own three splits and returns the summary.
+
+    Args:
+        convert (`Callable`): From the output, the split, a row and its number to its record; raises [`LeftOut`].
+        write: What else [`Output.write`] takes.
+    """
+    if max_steps < 1:
+        raise ValueError(f"`max_steps` must be at least 1, got {max_steps}.")
+    with new_folder(output_dir, {"data_set": data_set, "source": hub, "max_steps": max_steps}) as output:
+        for split, hub_split in (("train", "train"), ("val", "validation"), ("test", "test")):  # ours, theirs
+            to_record = functools.partial(convert, output, split)
+            output.write(split, read_split(hub, hub_split), to_record, needs_steps=split == "train", **write)
+    return output.summary()
 
 
 def make_parser(description: str, output_dir: str) -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ Writes train, dev (carved from train, so that val stays for the end), val and te
 
 import ast
 import collections
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -17,7 +18,16 @@ from typing import Any
 
 from datasets import Dataset
 
-from multicoco.recipes.common import LeftOut, Output, carve, make_parser, new_folder, read_split, to_steps
+from multicoco.recipes.common import (
+    LeftOut,
+    Output,
+    carve,
+    image_bytes,
+    make_parser,
+    new_folder,
+    read_split,
+    to_steps,
+)
 
 
 SPLITS = ("train", "val", "test")
@@ -58,20 +68,18 @@ class HubCopy:
 
     def group(self, row: Mapping[str, Any]) -> str:
         """What names the image of a row."""
-        return hashlib.sha256((row["image"] or {}).get("bytes") or b"").hexdigest()
+        return hashlib.sha256(image_bytes(row["image"])).hexdigest()
 
     def image(self, output: Output, row: Mapping[str, Any], split: str, number: int) -> str:
         """Puts the image of a row into the output; returns its path there."""
-        return output.image(f"{split}/{number:06d}", (row["image"] or {}).get("bytes"))
+        return output.image(f"{split}/{number:06d}", row["image"])
 
 
 def read_answers(value: Any) -> list[str]:
     """`direct_answers`: a list, or (on the Hub) the text of one."""
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
-            raise LeftOut("`direct_answers` is neither a list nor the text of one") from error
     if value is not None and not (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)):
         raise LeftOut("`direct_answers` is neither a list nor the text of one")
     return list(value or [])
@@ -129,30 +137,20 @@ def prepare(
     with new_folder(output_dir, settings | {"seed": seed}) as output:
         for split in splits:
             rows = source.rows(split)
-            groups = [source.group(row) for row in rows] if split == "train" else []
-            dev = carve(groups, num_dev, seed) if split == "train" else set()
+            parts = [split] * len(rows)
+            if split == "train":
+                groups = [source.group(row) for row in rows]
+                dev = carve(groups, num_dev, seed)
+                parts = ["dev" if group in dev else "train" for group in groups]
+
+            def convert(row, number, split=split):
+                return make_record(row, source.image(output, row, split, number), max_steps)
+
             for part in ("train", "dev") if split == "train" else (split,):
-                chosen = (
-                    (number, row)
-                    for number, row in enumerate(rows)
-                    if split != "train" or (groups[number] in dev) == (part == "dev")
-                )
-
-                def convert(numbered, _, split=split):
-                    number, row = numbered
-                    return make_record(row, source.image(output, row, split, number), max_steps)
-
                 needs = {"needs_steps": part == "train", "needs_answer": part != "test"}
-                output.write(part, chosen, convert, row_id=lambda item, _: item[1]["question_id"], **needs)
-                lines = (output.folder / f"{part}.jsonl").read_text(encoding="utf-8").split("\n")
-                records = [json.loads(line) for line in lines if line]
-                output.write(
-                    f"{part}_direct",
-                    records,
-                    lambda record, _: without_choices(record),
-                    row_id=lambda record, _: record["id"],
-                    **needs,
-                )
+                records = output.write(part, rows, convert, id_field="question_id", parts=parts, **needs)
+                direct = (without_choices(record) for record in records)
+                output.write(f"{part}_direct", direct, lambda record, _: record, id_field="id", **needs)
     return output.summary()
 
 

@@ -81,11 +81,11 @@ def prepare(
         groups = [row.get("image") or "" for row in rows]
         val = carve(groups, num_val, seed)
         dev = carve((group for group in groups if group not in val), num_dev, seed)
-
+        part_of = dict.fromkeys(val, "val") | dict.fromkeys(dev, "dev")
+        parts = [part_of.get(group, "train") for group in groups]
         later_turns = []
 
-        def convert(numbered, _):
-            number, row = numbered
+        def convert(row, number):
             num_turns = len(list(read_turns(row)))
             if not row.get("image"):
                 raise LeftOut("no image")
@@ -97,12 +97,7 @@ def prepare(
             return record
 
         for split in ("train", "dev", "val"):
-            chosen = [
-                (number, row)
-                for number, row in enumerate(rows)
-                if split == ("val" if groups[number] in val else "dev" if groups[number] in dev else "train")
-            ]
-            output.write(split, chosen, convert, row_id=lambda item, _: str(item[1].get("id")))
+            output.write(split, rows, convert, id_field="id", parts=parts)
     unused = sum(later_turns)
     return output.summary() + (f"\n{'':12}{unused:>8} later turns of conversations are not used" if unused else "")
 

@@ -10,10 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from multicoco.recipes.common import LeftOut, make_parser, new_folder, read_split, to_steps
-
-
-SPLITS = {"train": "train", "val": "validation", "test": "test"}  # ours, theirs
+from multicoco.recipes.common import LeftOut, make_parser, prepare_hub, to_steps
 
 
 def make_record(row: Mapping[str, Any], image: str, max_steps: int) -> dict[str, Any]:
@@ -36,18 +33,11 @@ def make_record(row: Mapping[str, Any], image: str, max_steps: int) -> dict[str,
 
 def prepare(output_dir: str | Path, hub: str = "LightChen2333/M3CoT", max_steps: int = 8) -> str:
     """Makes the whole data set and returns the summary. It appears under its name only when it is complete."""
-    if max_steps < 1:
-        raise ValueError(f"`max_steps` must be at least 1, got {max_steps}.")
-    with new_folder(output_dir, {"data_set": "m3cot", "source": hub, "max_steps": max_steps}) as output:
-        for split, hub_split in SPLITS.items():
 
-            def convert(row, number, split=split):
-                image = output.image(f"{split}/{number:06d}", (row["image"] or {}).get("bytes"))
-                return make_record(row, image, max_steps)
+    def convert(output, split, row, number):
+        return make_record(row, output.image(f"{split}/{number:06d}", row["image"]), max_steps)
 
-            rows = read_split(hub, hub_split)
-            output.write(split, rows, convert, needs_steps=split == "train", row_id=lambda row, _: row["id"])
-    return output.summary()
+    return prepare_hub(output_dir, "m3cot", hub, max_steps, convert, id_field="id")
 
 
 def main() -> None:

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from multicoco.recipes.common import LeftOut, make_parser, new_folder, read_split, to_steps
+from multicoco.recipes.common import LeftOut, image_bytes, make_parser, prepare_hub, to_steps
 
 
-SPLITS = {"train": "train", "val": "validation", "test": "test"}  # ours, theirs
 TOPICS = ("task", "grade", "subject", "topic", "category", "skill")
 
 
@@ -36,18 +35,13 @@ def make_record(row: Mapping[str, Any], name: str, images: list[str], max_steps:
 
 def prepare(output_dir: str | Path, hub: str = "derek-thomas/ScienceQA", max_steps: int = 6) -> str:
     """Makes the whole data set and returns the summary. It appears under its name only when it is complete."""
-    if max_steps < 1:
-        raise ValueError(f"`max_steps` must be at least 1, got {max_steps}.")
-    with new_folder(output_dir, {"data_set": "scienceqa", "source": hub, "max_steps": max_steps}) as output:
-        for split, hub_split in SPLITS.items():
 
-            def convert(row, number, split=split):
-                content = (row["image"] or {}).get("bytes")
-                images = [output.image(f"{split}/{number:06d}", content)] if content else []
-                return make_record(row, f"{split}-{number:06d}", images, max_steps)
+    def convert(output, split, row, number):
+        name = f"{number:06d}"
+        images = [output.image(f"{split}/{name}", row["image"])] if image_bytes(row["image"]) else []
+        return make_record(row, f"{split}-{name}", images, max_steps)
 
-            output.write(split, read_split(hub, hub_split), convert, needs_steps=split == "train")
-    return output.summary()
+    return prepare_hub(output_dir, "scienceqa", hub, max_steps, convert)
 
 
 def main() -> None:

@@ -109,7 +109,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
                 cell += f" ({100 * np.mean(gains):+.1f}: {100 * low:+.1f} to {100 * high:+.1f})"
             line.append(cell)
         lines.append(line)
-    head = [f"steps thought, of {MAX_STAGE} trained", *names[: len(ASKED)], *names[len(ASKED) :]]
+    head = [f"steps thought, of {MAX_STAGE} trained", *names]
     return markdown(head, lines)
 
 
@@ -118,12 +118,8 @@ def draw(answers: dict[str, list[dict[int, np.ndarray]]], arrows: np.ndarray, pa
     figure = Figure(figsize=(12, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     first = "plain" if "plain" in answers else next(name for name in answers if name != COT)
-    cells = np.array(
-        [
-            [np.mean([seed[asked][arrows == count].mean() for seed in answers[first]]) for asked in ASKED]
-            for count in range(1, MAX_ARROWS + 1)
-        ]
-    )
+    hits = np.array([[seed[asked] for asked in ASKED] for seed in answers[first]])  # (seeds, asked, records)
+    cells = np.array([hits[..., arrows == count].mean(axis=-1).mean(axis=0) for count in range(1, MAX_ARROWS + 1)])
     left.imshow(cells, aspect="auto", vmin=0, vmax=1, cmap="viridis")
     for (row, column), value in np.ndenumerate(cells):
         colour = "black" if value > 0.6 else "white"
@@ -172,11 +168,8 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, float]]
     records = load_records(f"{args.data}/val.jsonl")
     arrows = np.array([len(record["steps"]) for record in records])
     answers = {
-        variant: [
-            read_answers(args.output_dir / "scores" / f"{variant}-{seed}", records)
-            for seed in ([0] if variant == COT else args.seeds)
-        ]
-        for variant in (COT, *args.variants)
+        variant: [read_answers(args.output_dir / "scores" / f"{variant}-{seed}", records) for seed in seeds]
+        for variant, seeds in {COT: [0], **dict.fromkeys(args.variants, args.seeds)}.items()
     }
     results = {variant: [columns(right, arrows) for right in seeds] for variant, seeds in answers.items()}
     (args.output_dir / "beyond.json").write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -76,11 +76,9 @@ def _draw_trail(rng, size, max_arrows) -> tuple[list[tuple[int, int]], list[int]
         trail, moves = [(int(rng.integers(size)), int(rng.integers(size)))], []
         while len(moves) < max_arrows:
             row, column = trail[-1]
-            ahead = {}
-            for move in options[row, column, : num_options[row, column]].tolist():
-                cell = (row + MOVES[move][0], column + MOVES[move][1])
-                if cell not in trail:
-                    ahead[move] = cell
+            moves_here = options[row, column, : num_options[row, column]].tolist()
+            cells = {move: (row + MOVES[move][0], column + MOVES[move][1]) for move in moves_here}
+            ahead = {move: cell for move, cell in cells.items() if cell not in trail}
             if not ahead:
                 break
             move = list(ahead)[int(rng.random() * len(ahead))]
@@ -193,9 +191,10 @@ def prepare(
         ValueError: an argument is out of range, the folder holds something else, or a board is in two splits.
     """
     counts = dict(zip(SPLITS, (num_train, num_val, num_test), strict=True))
-    for split, count in counts.items():
-        if count < 0:
-            raise ValueError(f"`num_{split}` must be at least 0, got {count}.")
+    numbers = {f"num_{split}": count for split, count in counts.items()}
+    for name, value in {**numbers, "seed": seed}.items():
+        if value < 0:
+            raise ValueError(f"`{name}` must be at least 0, got {value}.")
     if not 2 <= size <= MAX_SIZE:
         raise ValueError(f"`size` must be between 2 and {MAX_SIZE} (columns are letters), got {size}.")
     if not 1 <= max_arrows < size * size:
@@ -207,13 +206,9 @@ def prepare(
         raise ValueError(
             f"`max_train_arrows` must be between 1 and `max_arrows` {max_arrows}, got {max_train_arrows}."
         )
-    if seed < 0:
-        raise ValueError(f"`seed` must be at least 0, got {seed}.")
-
     output_dir = Path(output_dir)
-    settings = {"data_set": "trails", "format": FORMAT, **{f"num_{split}": count for split, count in counts.items()}}
     board = {"size": size, "max_arrows": max_arrows, "seed": seed}
-    settings |= board
+    settings = {"data_set": "trails", "format": FORMAT, **numbers, **board}
     if max_train_arrows is not None:
         settings["max_train_arrows"] = max_train_arrows
     found = _read_settings(output_dir)
@@ -224,9 +219,7 @@ def prepare(
             f"`output_dir` {output_dir} holds files that are not a Trails data set. Choose another folder."
         )
 
-    partial = output_dir.with_name(
-        output_dir.name + ".partial"
-    )  # what an interrupted run leaves; replaced by the next
+    partial = output_dir.with_name(output_dir.name + ".partial")  # what an interrupted run leaves; replaced
     shutil.rmtree(partial, ignore_errors=True)
     owners = {}
     for split, count in counts.items():

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from multicoco import (
-    IMAGE_PLACEHOLDER,
     MultiCoCoForConditionalGeneration,
     MultiCoCoProcessor,
     load_records,
@@ -24,22 +23,10 @@ def answer(
     model: MultiCoCoForConditionalGeneration, processor: MultiCoCoProcessor, record: dict, num_thoughts: int
 ) -> list[str]:
     """The new tokens, decoded one by one, without the end of the turn."""
-    inputs = processor.apply_chat_template(
-        [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image", "path": record["images"][0]},
-                    {"type": "text", "text": question_text(record).removeprefix(f"{IMAGE_PLACEHOLDER}\n")},
-                ],
-            }
-        ],
-        num_thoughts=num_thoughts,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": question_text(record)}], num_thoughts=num_thoughts, add_generation_prompt=True
     )
+    inputs = processor(images=record["images"], text=prompt, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
     tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
     return [processor.tokenizer.decode([token]) for token in tokens if token != model.generation_config.eos_token_id]
@@ -64,17 +51,14 @@ def draw_answers(
     board.spines[:].set_visible(False)
 
     text.axis("off")
+    small, code = {"color": "0.4", "fontsize": 9}, {"family": "monospace"}
     lines = [
         (0.95, record["question"], {}),
-        (0.72, f"written reasoning, {len(written)} generated tokens", {"color": "0.4", "fontsize": 9}),
-        (0.61, "".join(written).replace("\n", "  →  "), {"family": "monospace"}),
-        (
-            0.39,
-            f"{num_thoughts} continuous thoughts, {len(latent)} generated token{'s'[: len(latent) > 1]}",
-            {"color": "0.4", "fontsize": 9},
-        ),
-        (0.28, "● " * num_thoughts + " " + "".join(latent).replace("\n", "  →  "), {"family": "monospace"}),
-        (0.06, f"right answer: {record['answer']}", {"color": "0.4", "fontsize": 9}),
+        (0.72, f"written reasoning, {len(written)} generated tokens", small),
+        (0.61, "".join(written).replace("\n", "  →  "), code),
+        (0.39, f"{num_thoughts} continuous thoughts, {len(latent)} generated token{'s'[: len(latent) > 1]}", small),
+        (0.28, "● " * num_thoughts + " " + "".join(latent).replace("\n", "  →  "), code),
+        (0.06, f"right answer: {record['answer']}", small),
     ]
     for height, line, style in lines:
         text.text(0, height, line, transform=text.transAxes, va="center", **({"fontsize": 11} | style))

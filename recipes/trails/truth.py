@@ -35,39 +35,23 @@ FIGURES = {
 }
 
 
-def trainings(
-    modes: Sequence[str], seeds: Sequence[int], data: str, output_dir: Path, settings: Sequence[str]
-) -> list[Run]:
-    """One for each mode and seed: the mode's own YAML, on one process."""
-    files = ["--train_file", f"{data}/train.jsonl", "--eval_file", f"{data}/val.jsonl"]
-    return [
-        Run(
-            output_dir / f"{mode}-{seed}",
-            "train.py",
-            [
-                str(ROOT / "recipes" / "trails" / f"{mode}.yaml"),
-                *files,
-                *("--model_name_or_path", str(output_dir / f"start-{seed}"), "--seed", str(seed)),
-                *("--per_device_train_batch_size", "64", *settings),
-            ],
-        )
-        for seed in seeds
-        for mode in modes
-    ]
+def training(mode: str, seed: int, data: str, output_dir: Path, settings: Sequence[str]) -> Run:
+    """From the first weights of the seed: the mode's own YAML, on one process."""
+    flags = [str(ROOT / "recipes" / "trails" / f"{mode}.yaml")]
+    flags += ["--train_file", f"{data}/train.jsonl", "--eval_file", f"{data}/val.jsonl"]
+    flags += ["--model_name_or_path", str(output_dir / f"start-{seed}"), "--seed", str(seed)]
+    flags += ["--per_device_train_batch_size", "64", *settings]
+    return Run(output_dir / f"{mode}-{seed}", "train.py", flags)
 
 
-def diagnoses(modes: Sequence[str], seeds: Sequence[int], data: str, output_dir: Path, samples: int) -> list[Run]:
-    """One for each training; `coconut` has `pause` beside it."""
-    runs = []
-    for seed in seeds:
-        for mode in modes:
-            name = f"{mode}-{seed}"
-            flags = ["--model", str(output_dir / name), "--data", f"{data}/val.jsonl", "--max_samples", str(samples)]
-            if mode == "coconut" and CONTROL in modes:
-                flags += ["--control", str(output_dir / f"{CONTROL}-{seed}")]
-            flags += ["--batch_size", "256", "--report", str(output_dir / f"{name}.html")]
-            runs.append(Run(output_dir / "diagnosis" / name, "diagnose.py", flags))
-    return runs
+def diagnosis(mode: str, seed: int, data: str, output_dir: Path, samples: int, control: str | None) -> Run:
+    """Of one training, beside the one of the mode `control` where there is one."""
+    name = f"{mode}-{seed}"
+    flags = ["--model", str(output_dir / name), "--data", f"{data}/val.jsonl", "--max_samples", str(samples)]
+    if control is not None:
+        flags += ["--control", str(output_dir / f"{control}-{seed}")]
+    flags += ["--batch_size", "256", "--report", str(output_dir / f"{name}.html")]
+    return Run(output_dir / "diagnosis" / name, "diagnose.py", flags)
 
 
 def read_seed(output_dir: Path, mode: str, seed: int) -> dict[str, Any]:
@@ -78,10 +62,7 @@ def read_seed(output_dir: Path, mode: str, seed: int) -> dict[str, Any]:
     found = {
         "mode": mode,
         "seed": seed,
-        "samples": final["eval/samples"],
-        "accuracy": final["eval/accuracy"],
-        "new_tokens": final["eval/new_tokens"],
-        "num_thoughts": final["eval/num_thoughts"],
+        **{name: final[f"eval/{name}"] for name in ("samples", "accuracy", "new_tokens", "num_thoughts")},
         "verdict": diagnosis.get("thoughts", {}).get("verdict"),
         "lens": [row["top1"]["rate"] for row in diagnosis.get("lens", [])],
         "diagnosed": diagnosis["samples"],
@@ -131,9 +112,10 @@ def draw(rows: Sequence[dict[str, Any]], modes: Sequence[str], path: Path) -> No
     """Accuracy of each mode, and what answers follow when thoughts and picture are a donor's; a dot is a seed."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    thinking = {row["mode"] for row in rows if row["follows the donor"] is not None}
     for axes, labels, names in (
         (left, ("accuracy", "thoughts zeroed", "grey picture"), modes),
-        (right, ("follows the donor", "follows a decoy"), [mode for mode in modes if _has(rows, mode)]),
+        (right, ("follows the donor", "follows a decoy"), [mode for mode in modes if mode in thinking]),
     ):
         for number, label in enumerate(labels):
             width = 0.8 / len(labels)
@@ -155,10 +137,6 @@ def draw(rows: Sequence[dict[str, Any]], modes: Sequence[str], path: Path) -> No
     figure.savefig(path, dpi=150)
 
 
-def _has(rows, mode) -> bool:
-    return any(row["mode"] == mode and row["follows the donor"] is not None for row in rows)
-
-
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Runs what is missing; prints the table and returns what it is made of, a dictionary for each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -170,8 +148,12 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     for seed in args.seeds:
         if not (args.output_dir / f"start-{seed}" / "model.safetensors").is_file():
             make_start_model(args.output_dir / f"start-{seed}", seed=seed)
-    run_all(trainings(args.modes, args.seeds, args.data, args.output_dir, settings), args.jobs, "trainings")
-    run_all(diagnoses(args.modes, args.seeds, args.data, args.output_dir, args.samples), args.jobs, "diagnoses")
+    pairs = [(mode, seed) for seed in args.seeds for mode in args.modes]
+    folders = (args.data, args.output_dir)
+    run_all([training(*pair, *folders, settings) for pair in pairs], args.jobs, "trainings")
+    controls = {"coconut": CONTROL} if CONTROL in args.modes else {}
+    runs = [diagnosis(*pair, *folders, args.samples, controls.get(pair[0])) for pair in pairs]
+    run_all(runs, args.jobs, "diagnoses")
     rows = [read_seed(args.output_dir, mode, seed) for mode in args.modes for seed in args.seeds]
     (args.output_dir / "truth.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     text = table(rows, args.modes)
