@@ -77,13 +77,8 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
     # Without a GPU it must be told, or accelerate takes the processes of torchrun for runs of their own.
     state = PartialState(cpu=choose_device(use_cpu=arguments.use_cpu).type == "cpu")
     records = arguments.read_data(needs_answer=not arguments.predict_only)
-    check_records(
-        records,
-        arguments.metric,
-        max_new_tokens=arguments.max_new_tokens,
-        choices_by=arguments.choices_by,
-        predict_only=arguments.predict_only,
-    )
+    asked = {name: getattr(arguments, name) for name in ("max_new_tokens", "choices_by", "predict_only")}
+    check_records(records, arguments.metric, **asked)
     if arguments.predictions_to:
         read_submission(arguments.predictions_to)
     how: dict[str, Any] = {"choices_by": arguments.choices_by, "attn_implementation": arguments.attn_implementation}
@@ -99,21 +94,18 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
             predictions = predict(subject, num_thoughts, state, arguments.output_dir, arguments.batch_size)
             if state.is_main_process:
                 both = zip(records, predictions, strict=True)
-                values = [metric(record, line["prediction"]) for record, line in both] if metric else []
-                scores[subject.name, num_thoughts] = values
-                row = summarise(subject.name, subject.config, num_thoughts, predictions, values)
-                rows[subject.name, num_thoughts] = row
+                key = subject.name, num_thoughts
+                scores[key] = [metric(record, line["prediction"]) for record, line in both] if metric else []
+                rows[key] = summarise(subject.name, subject.config, num_thoughts, predictions, scores[key])
                 if arguments.predictions_to:
                     write_submission(records, predictions, arguments.predictions_to)
         subject.model = None  # makes room for the next
     if not state.is_main_process:
         return []
-    pairs = [
-        pair
-        for name in (dict.fromkeys(arguments.model) if arguments.compare else ())
-        for pair in pair_numbers(numbers, name, str(arguments.compare))
-    ]
-    comparisons = [compare(rows[mine], rows[other], scores[mine], scores[other]) for mine, other in pairs]
+    comparisons = []
+    for name in dict.fromkeys(arguments.model) if arguments.compare else ():
+        for mine, other in pair_numbers(numbers, name, arguments.compare):
+            comparisons.append(compare(rows[mine], rows[other], scores[mine], scores[other]))
     table = list(rows.values())
     written = write_scores(arguments.output_dir, asdict(arguments), table, comparisons)
     print(f"\n{score_table(table, comparisons)}\n\n{written}")
