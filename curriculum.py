@@ -8,8 +8,9 @@ Only what follows the block is a label. The rules are those of the original prog
 27273cb); where it trains and asks with different numbers of thoughts, we ask as we train.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -20,68 +21,72 @@ ANSWER_MARK = "### "
 MIXES = ("none", "linear", "uniform")
 
 
+def setting(help: str, *, default: Any = MISSING, choices: Iterable[str] | None = None) -> Any:
+    """A field of a dataclass of flags, with what `--help` says of it and the values that it may have."""
+    metadata = {"help": help} | ({} if choices is None else {"choices": list(choices)})
+    return field(default=default, metadata=metadata)
+
+
+def check_settings(settings: Any, **least: int) -> None:
+    """
+    Checks a dataclass made of [`setting`]s.
+
+    Args:
+        settings: The dataclass.
+        least (`int`): For each field that has one its least value; a field that is `None` is not checked.
+
+    Raises:
+        ValueError: a value is none of its choices, or is too small.
+    """
+    for item in fields(settings):
+        options, value = item.metadata.get("choices"), getattr(settings, item.name)
+        if options and value not in options:
+            raise ValueError(f"`--{item.name}` must be one of {', '.join(options)}, got {value!r}.")
+    for name, smallest in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"`--{name}` must be at least {smallest}, got {value}.")
+
+
 @dataclass
 class CurriculumArguments:
     """How written reasoning steps give way to continuous thoughts. Defaults are the paper's for GSM8k."""
 
-    mode: str = field(
+    mode: str = setting(
+        "How it is trained. " + ". ".join(f"{mode}: {what}" for mode, what in MODES.items()) + ".",
         default="coconut",
-        metadata={
-            "help": "How it is trained. " + ". ".join(f"{mode}: {what}" for mode, what in MODES.items()) + ".",
-            "choices": list(MODES),
-        },
+        choices=MODES,
     )
-    c_thought: int = field(default=2, metadata={"help": "Continuous thoughts that replace one written step."})
-    max_latent_stage: int = field(default=3, metadata={"help": "Stages that replace one more step each."})
-    final_stage: bool = field(
-        default=True,
-        metadata={
-            "help": "One more stage without any written step, for records of more than `max_latent_stage` steps."
-        },
+    c_thought: int = setting("Continuous thoughts that replace one written step.", default=2)
+    max_latent_stage: int = setting("Stages that replace one more step each.", default=3)
+    final_stage: bool = setting(
+        "One more stage without any written step, for records of more than `max_latent_stage` steps.", default=True
     )
-    pad_latent_to_max: bool = field(
-        default=True,
-        metadata={"help": "In the final stage give every record the full budget, also with fewer steps than stages."},
+    pad_latent_to_max: bool = setting(
+        "In the final stage give every record the full budget, also with fewer steps than stages.", default=True
     )
-    epochs_per_stage: int = field(default=3, metadata={"help": "Epochs before the next step is replaced."})
-    epochs_stage_0: int | None = field(
-        default=None, metadata={"help": "Epochs of written reasoning first; `epochs_per_stage` if not given."}
+    epochs_per_stage: int = setting("Epochs before the next step is replaced.", default=3)
+    epochs_stage_0: int | None = setting(
+        "Epochs of written reasoning first; `epochs_per_stage` if not given.", default=None
     )
-    mix: str = field(
+    mix: str = setting(
+        "Stage of a sample: none: the scheduled one. linear: any stage up to it, later ones more often "
+        "(i + 1). uniform: the original program's, any number of the record's own steps, at stage 0 too.",
         default="none",
-        metadata={
-            "help": "Stage of a sample: none: the scheduled one. linear: any stage up to it, later ones more often "
-            "(i + 1). uniform: the original program's, any number of the record's own steps, at stage 0 too.",
-            "choices": list(MIXES),
-        },
+        choices=MIXES,
     )
-    mix_prob: float = field(
-        default=1.0, metadata={"help": "Probability that a sample is mixed rather than scheduled."}
-    )
-    reset_optimizer_every: str = field(
+    mix_prob: float = setting("Probability that a sample is mixed rather than scheduled.", default=1.0)
+    reset_optimizer_every: str = setting(
+        "Clear Adam's moments at every new stage (the paper), epoch (its program), or never.",
         default="stage",
-        metadata={
-            "help": "Clear Adam's moments at every new stage (the paper), epoch (its program), or never.",
-            "choices": ["stage", "epoch", "never"],
-        },
+        choices=["stage", "epoch", "never"],
     )
-    restart_schedule: bool = field(
-        default=False,
-        metadata={"help": "Start the learning rate again at every stage: warm-up, then cosine down to a tenth."},
+    restart_schedule: bool = setting(
+        "Start the learning rate again at every stage: warm-up, then cosine down to a tenth.", default=False
     )
 
     def __post_init__(self):
-        for name, options in (
-            ("mode", MODES),
-            ("mix", MIXES),
-            ("reset_optimizer_every", ("stage", "epoch", "never")),
-        ):
-            if getattr(self, name) not in options:
-                raise ValueError(f"`--{name}` must be one of {', '.join(options)}, got {getattr(self, name)!r}.")
-        for name, least in (("c_thought", 1), ("max_latent_stage", 0), ("epochs_per_stage", 1), ("epochs_stage_0", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"`--{name}` must be at least {least}, got {value}.")
+        check_settings(self, c_thought=1, max_latent_stage=0, epochs_per_stage=1, epochs_stage_0=0)
         if not 0 <= self.mix_prob <= 1:
             raise ValueError(f"`--mix_prob` must be between 0 and 1, got {self.mix_prob}.")
 

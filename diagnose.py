@@ -11,10 +11,11 @@ docs/truth.md.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from multicoco.curriculum import check_settings, setting
 from multicoco.evaluation.diagnosis import Diagnosis
 from multicoco.evaluation.metric import check_records, load_metric
 from multicoco.evaluation.page import draw_attention, page, report_table
@@ -27,38 +28,26 @@ from multicoco.evaluation.verdicts import Examined, Scores, make_report
 class DiagnoseArguments(AskArguments):
     """What is examined, how, and where the results go."""
 
-    model: str = field(metadata={"help": "Folder or Hub name of a checkpoint."})
-    report: str = field(default="report.html", metadata={"help": "The page to write."})
-    output_dir: str = field(
-        default="out/diagnosis",
-        metadata={"help": "Folder of diagnosis.json and of the predictions of each experiment."},
+    model: str = setting("Folder or Hub name of a checkpoint.")
+    report: str = setting("The page to write.", default="report.html")
+    output_dir: str = setting(
+        "Folder of diagnosis.json and of the predictions of each experiment.", default="out/diagnosis"
     )
-    control: str | None = field(
-        default=None,
-        metadata={"help": "A checkpoint without thoughts, or with constant ones, to set beside it (train.py --mode)."},
+    control: str | None = setting(
+        "A checkpoint without thoughts, or with constant ones, to set beside it (train.py --mode).", default=None
     )
-    num_thoughts: int | None = field(
-        default=None, metadata={"help": "Thoughts to examine; what the checkpoint was trained with if not given."}
+    num_thoughts: int | None = setting(
+        "Thoughts to examine; what the checkpoint was trained with if not given.", default=None
     )
-    max_samples: int | None = field(default=None, metadata={"help": "Only the first records; all if not given."})
-    batch_size: int = field(default=64, metadata={"help": "Samples at a time."})
-    num_drawn: int = field(default=4, metadata={"help": "Samples whose attention is drawn over the picture."})
-    num_attention: int = field(default=32, metadata={"help": "Samples whose attention is averaged."})
-    seed: int = field(default=0, metadata={"help": "Seed of noise, donors and resampling."})
+    max_samples: int | None = setting("Only the first records; all if not given.", default=None)
+    batch_size: int = setting("Samples at a time.", default=64)
+    num_drawn: int = setting("Samples whose attention is drawn over the picture.", default=4)
+    num_attention: int = setting("Samples whose attention is averaged.", default=32)
+    seed: int = setting("Seed of noise, donors and resampling.", default=0)
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (
-            ("num_thoughts", 0),
-            ("max_samples", 2),
-            ("batch_size", 1),
-            ("num_drawn", 0),
-            ("num_attention", 1),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"`--{name}` must be at least {least}, got {value}.")
+        check_settings(self, num_thoughts=0, max_samples=2, batch_size=1, num_drawn=0, num_attention=1, seed=0)
 
 
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:

@@ -11,12 +11,13 @@ A killed run goes on where it stopped when the same command is given again. What
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from accelerate import PartialState
 
 from multicoco.compat import leave
+from multicoco.curriculum import check_settings, setting
 from multicoco.evaluation.metric import check_records, load_metric
 from multicoco.evaluation.predictions import predict, read_submission, write_submission
 from multicoco.evaluation.scores import compare, pair_numbers, score_table, summarise, write_scores
@@ -28,38 +29,31 @@ from multicoco.evaluation.subject import CHOICES_BY, AskArguments, Subject
 class ScoreArguments(AskArguments):
     """What is asked, how, and where the results go."""
 
-    model: list[str] = field(metadata={"help": "Folders or Hub names of one or more checkpoints."})
-    output_dir: str = field(
-        default="out/scores", metadata={"help": "Folder of the predictions, scores.json, scores.csv and scores.png."}
+    model: list[str] = setting("Folders or Hub names of one or more checkpoints.")
+    output_dir: str = setting(
+        "Folder of the predictions, scores.json, scores.csv and scores.png.", default="out/scores"
     )
-    num_thoughts: list[int] | None = field(
+    num_thoughts: list[int] | None = setting(
+        "Budgets of thoughts; each checkpoint's own if not given. A checkpoint that was trained without "
+        "a thought block is asked once, without one.",
         default=None,
-        metadata={
-            "help": "Budgets of thoughts; each checkpoint's own if not given. A checkpoint that was trained without "
-            "a thought block is asked once, without one."
-        },
     )
-    compare: str | None = field(
-        default=None,
-        metadata={"help": "Another checkpoint that each of `--model` is compared with, on the same samples."},
+    compare: str | None = setting(
+        "Another checkpoint that each of `--model` is compared with, on the same samples.", default=None
     )
-    choices_by: str = field(
+    choices_by: str = setting(
+        "generation: the answer is what the model writes. likelihood: the answer is the choice whose "
+        "text the model finds most likely.",
         default="generation",
-        metadata={
-            "help": "generation: the answer is what the model writes. likelihood: the answer is the choice whose "
-            "text the model finds most likely.",
-            "choices": list(CHOICES_BY),
-        },
+        choices=CHOICES_BY,
     )
-    batch_size: int = field(default=16, metadata={"help": "Samples at a time on one rank."})
-    predict_only: bool = field(
-        default=False, metadata={"help": "Answer without scoring: no accuracy, no comparison, no picture."}
+    batch_size: int = setting("Samples at a time on one rank.", default=16)
+    predict_only: bool = setting("Answer without scoring: no accuracy, no comparison, no picture.", default=False)
+    predictions_to: str | None = setting(
+        "JSON file in A-OKVQA's form that the predictions of one budget are added to.", default=None
     )
-    predictions_to: str | None = field(
-        default=None, metadata={"help": "JSON file in A-OKVQA's form that the predictions of one budget are added to."}
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa or flash_attention_2; transformers' choice if not given."}
+    attn_implementation: str | None = setting(
+        "eager, sdpa or flash_attention_2; transformers' choice if not given.", default=None
     )
 
     def __post_init__(self):
@@ -67,10 +61,7 @@ class ScoreArguments(AskArguments):
         for number in self.num_thoughts or []:
             if number < 0:
                 raise ValueError(f"`--num_thoughts` must be at least 0, got {number}. 0 is a block without thoughts.")
-        if self.batch_size < 1:
-            raise ValueError(f"`--batch_size` must be at least 1, got {self.batch_size}.")
-        if self.choices_by not in CHOICES_BY:
-            raise ValueError(f"`--choices_by` must be one of {', '.join(CHOICES_BY)}, got {self.choices_by!r}.")
+        check_settings(self, batch_size=1)
         if self.predict_only and self.compare:
             raise ValueError("`--compare` needs accuracies, which `--predict_only` leaves out. Drop one of the two.")
         if self.predictions_to and (len(self.model) > 1 or self.compare or len(self.num_thoughts or [0]) > 1):
@@ -86,13 +77,8 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
     # Without a GPU it must be told, or accelerate takes the processes of torchrun for runs of their own.
     state = PartialState(cpu=choose_device(use_cpu=arguments.use_cpu).type == "cpu")
     records = arguments.read_data(needs_answer=not arguments.predict_only)
-    check_records(
-        records,
-        arguments.metric,
-        max_new_tokens=arguments.max_new_tokens,
-        choices_by=arguments.choices_by,
-        predict_only=arguments.predict_only,
-    )
+    asked = {name: getattr(arguments, name) for name in ("max_new_tokens", "choices_by", "predict_only")}
+    check_records(records, arguments.metric, **asked)
     if arguments.predictions_to:
         read_submission(arguments.predictions_to)
     how: dict[str, Any] = {"choices_by": arguments.choices_by, "attn_implementation": arguments.attn_implementation}
@@ -108,21 +94,18 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
             predictions = predict(subject, num_thoughts, state, arguments.output_dir, arguments.batch_size)
             if state.is_main_process:
                 both = zip(records, predictions, strict=True)
-                values = [metric(record, line["prediction"]) for record, line in both] if metric else []
-                scores[subject.name, num_thoughts] = values
-                row = summarise(subject.name, subject.config, num_thoughts, predictions, values)
-                rows[subject.name, num_thoughts] = row
+                key = subject.name, num_thoughts
+                scores[key] = [metric(record, line["prediction"]) for record, line in both] if metric else []
+                rows[key] = summarise(subject.name, subject.config, num_thoughts, predictions, scores[key])
                 if arguments.predictions_to:
                     write_submission(records, predictions, arguments.predictions_to)
         subject.model = None  # makes room for the next
     if not state.is_main_process:
         return []
-    pairs = [
-        pair
-        for name in (dict.fromkeys(arguments.model) if arguments.compare else ())
-        for pair in pair_numbers(numbers, name, str(arguments.compare))
-    ]
-    comparisons = [compare(rows[mine], rows[other], scores[mine], scores[other]) for mine, other in pairs]
+    comparisons = []
+    for name in dict.fromkeys(arguments.model) if arguments.compare else ():
+        for mine, other in pair_numbers(numbers, name, arguments.compare):
+            comparisons.append(compare(rows[mine], rows[other], scores[mine], scores[other]))
     table = list(rows.values())
     written = write_scores(arguments.output_dir, asdict(arguments), table, comparisons)
     print(f"\n{score_table(table, comparisons)}\n\n{written}")

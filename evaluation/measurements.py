@@ -124,9 +124,8 @@ def measure_geometry(
     # The mean of all pairs of different samples, from the sum of the unit vectors.
     across = (units.sum(dim=0).square().sum(dim=-1) - units.square().sum(dim=(0, 2))) / (count * (count - 1))
     within = (units[:, 1:] * units[:, :-1]).sum(dim=-1).mean(dim=0)  # (n - 1,)
-    spread = (thoughts - thoughts.mean(dim=0)).square().sum(dim=(0, 2)) / thoughts.square().sum(dim=(0, 2)).clamp(
-        min=1e-300
-    )
+    squares = thoughts.square().sum(dim=(0, 2)).clamp(min=1e-300)
+    spread = (thoughts - thoughts.mean(dim=0)).square().sum(dim=(0, 2)) / squares
     return {
         "norms": {
             name: {

@@ -69,9 +69,7 @@ def points(found: Mapping[str, Any] | None) -> str:
 
 def p_value(found: Mapping[str, Any] | None) -> str:
     """McNemar's p of a difference, if it has one."""
-    if found is None or found["mcnemar_p"] is None:
-        return "-"
-    return f"{found['mcnemar_p']:.2g}"
+    return "-" if found is None or found["mcnemar_p"] is None else f"{found['mcnemar_p']:.2g}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -98,6 +96,11 @@ def span(found: Mapping[str, Any] | None) -> str:
         '<path class=axis d="M0 7H200M100 0V14"/>'
         f'<path class=line d="M{low:.1f} 7H{high:.1f}"/><circle class=mark cx="{middle:.1f}" cy="7" r="4"/></svg>'
     )
+
+
+def difference_cells(found: Mapping[str, Any] | None, *, drawn: bool = False) -> list[str]:
+    """Cells of a difference: its points, its interval as a drawing if wanted, its p."""
+    return [points(found), *([span(found)] if drawn else []), p_value(found)]
 
 
 def line_chart(
@@ -132,27 +135,16 @@ def section(title: str, *parts: str) -> str:
     return f"<section><h2>{title}</h2>\n" + "\n".join(part for part in parts if part) + "\n</section>"
 
 
-def loss_rows(experiments: Mapping[str, Any], names: Mapping[str, str]) -> list[list[str]]:
-    """One table row for each experiment: accuracy, flips, loss against the intact run."""
+def loss_table(experiments: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """A table with a row for each experiment that was made: accuracy, flips, loss against the intact run."""
+    head = ("", "accuracy", "answers flipped", "intact minus this, points [95 %]", "", "McNemar's p", "samples")
     rows = []
     for name, label in names.items():
         if name in experiments:
-            row = experiments[name]
-            rows.append(
-                [
-                    label,
-                    percent(row["accuracy"]["rate"]),
-                    percent(row["flips"]["rate"]),
-                    points(row["loss"]),
-                    span(row["loss"]),
-                    p_value(row["loss"]),
-                    str(row["accuracy"]["samples"]),
-                ]
-            )
-    return rows
-
-
-LOSS_HEAD = ("", "accuracy", "answers flipped", "intact minus this, points [95 %]", "", "McNemar's p", "samples")
+            accuracy, flips, loss = (experiments[name][kind] for kind in ("accuracy", "flips", "loss"))
+            cells = [label, percent(accuracy["rate"]), percent(flips["rate"]), *difference_cells(loss, drawn=True)]
+            rows.append([*cells, str(accuracy["samples"])])
+    return table(head, rows)
 
 
 def draw_attention(
@@ -278,8 +270,7 @@ def numbers_section(report: Mapping[str, Any]) -> str:
             percent(row["accuracy"]["rate"]),
             f"{percent(row['accuracy']['low'])} - {percent(row['accuracy']['high'])}",
             f"{row['new_tokens']:.1f}",
-            points(row["loss"]) if count != trained else "",
-            p_value(row["loss"]) if count != trained else "",
+            *(difference_cells(row["loss"]) if count != trained else ("", "")),
         ]
         for count, row in rows.items()
     ]
@@ -297,7 +288,7 @@ def damage_section(report: Mapping[str, Any]) -> str:
     parts = [
         "<p class=soft>All thoughts replaced. Zeros, noise and the pause embedding are unlike any thought, so a loss "
         "there may only say that the input is unfamiliar; the mean and a swap are closer to what was trained.</p>",
-        table(LOSS_HEAD, loss_rows(experiments, names)),
+        loss_table(experiments, names),
     ]
     for place, words in (
         ("inside", "inside the loop: later thoughts follow from the replaced one"),
@@ -325,7 +316,7 @@ def swap_section(report: Mapping[str, Any]) -> str:
     for name, row in found["following"].items():
         shares |= {f"donor's; {FOLLOWING[name]}": row["donor"]}
         shares |= {f"{WITHOUT_DONOR[name]}; {FOLLOWING[name]}": row["decoy"]}
-        rows.append([FOLLOWING[name], points(row["test"]), span(row["test"]), p_value(row["test"])])
+        rows.append([FOLLOWING[name], *difference_cells(row["test"], drawn=True)])
     answers = [
         [label, percent(value["rate"]), f"{percent(value['low'])} - {percent(value['high'])}", str(value["samples"])]
         for label, value in shares.items()
@@ -337,7 +328,7 @@ def swap_section(report: Mapping[str, Any]) -> str:
         "donor's picture.</p>",
         table(("the answer is", "share", "95 %", "samples"), answers),
         table(("donor minus decoy", "points [95 %]", "", "McNemar's p"), rows),
-        table(LOSS_HEAD, loss_rows(report["experiments"], names)),
+        loss_table(report["experiments"], names),
     )
 
 
@@ -353,11 +344,11 @@ def picture_section(report: Mapping[str, Any]) -> str:
     parts = [
         "<p class=soft>Thoughts recorded under one picture are fed while the prompt holds the other. The layers above "
         "a fed thought still attend to the picture of the prompt.</p>",
-        table(LOSS_HEAD, loss_rows(report["experiments"], names)),
+        loss_table(report["experiments"], names),
     ]
     if control := report.get("control"):
         parts.append(f"<p>The control <code>{text(control['name'])}</code>:</p>")
-        parts.append(table(LOSS_HEAD, loss_rows(control["experiments"], names)))
+        parts.append(loss_table(control["experiments"], names))
     return section("Picture", *parts)
 
 
@@ -373,7 +364,7 @@ def bottleneck_section(report: Mapping[str, Any]) -> str:
         "<p class=soft>A bottleneck, not a seal: thoughts have seen picture and question, and their keys and values "
         "in every layer carry what they saw. The model was not trained this way, so a loss may only say that it is "
         "unfamiliar.</p>",
-        table(LOSS_HEAD, loss_rows(report["experiments"], names)),
+        loss_table(report["experiments"], names),
     )
 
 
@@ -384,16 +375,13 @@ def lens_section(report: Mapping[str, Any]) -> str:
     head += ["control", "first minus control [95 %]", "McNemar's p"] if has_control else []
     rows = []
     for row in report["lens"]:
-        cells = [f"thought {row['index'] + 1}", str(row["step"] + 1), heat(row["top1"]["rate"])]
-        cells += [heat(row["top5"]["rate"]), heat(row["chance"]["rate"])]
-        cells += [points(row["above_chance"]), p_value(row["above_chance"])]
-        if has_control:
-            cells += (
-                [heat(row["control"]["rate"]), points(row["above_control"]), p_value(row["above_control"])]
-                if ("control" in row)
-                else ["", "", ""]
-            )
-        rows.append(cells)
+        cells = [f"thought {row['index'] + 1}", str(row["step"] + 1)]
+        cells += [heat(row[name]["rate"]) for name in ("top1", "top5", "chance")] + difference_cells(
+            row["above_chance"]
+        )
+        if "control" in row:
+            cells += [heat(row["control"]["rate"]), *difference_cells(row["above_control"])]
+        rows.append(cells + [""] * (len(head) - len(cells)))
     return section(
         "Logit lens",
         "<p class=soft>How often the token that <code>lm_head</code> reads from the state that makes a thought (with "
@@ -415,17 +403,10 @@ def geometry_section(report: Mapping[str, Any]) -> str:
             for label, row in geometry["norms"].items()
         ]
         within = [*(f"{cosine:.3f}" for cosine in geometry["cosine_with_next"]), ""]
+        columns = (geometry["cosine_across_samples"], within, geometry["spread"], geometry["effective_rank"])
         shape = [
-            [f"{name}thought {index + 1}", f"{across:.3f}", cosine, percent(share), f"{rank:.1f}"]
-            for index, (across, cosine, share, rank) in enumerate(
-                zip(
-                    geometry["cosine_across_samples"],
-                    within,
-                    geometry["spread"],
-                    geometry["effective_rank"],
-                    strict=True,
-                )
-            )
+            [f"{name}thought {number}", f"{across:.3f}", cosine, percent(share), f"{rank:.1f}"]
+            for number, (across, cosine, share, rank) in enumerate(zip(*columns, strict=True), start=1)
         ]
         shape.append([name + "all", "", "", "", f"{geometry['effective_rank_of_all']:.1f}"])
         head = ("", "cosine across samples", "cosine with the next", "spread", "effective rank")

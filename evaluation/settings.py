@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..compat import flags_of
+from ..curriculum import setting
 from ..processing_multicoco import MultiCoCoProcessor
 from ..records import load_records
 
@@ -92,12 +93,12 @@ def parse_settings(kind: type[T], description: str | None, arguments: Sequence[s
 class RecordArguments:
     """How records are read, for every command that reads them."""
 
-    column_mapping: str | None = field(
-        default=None, metadata={"help": 'JSON object from field to column name, as {"steps": "rationale"}.'}
+    column_mapping: str | None = setting(
+        'JSON object from field to column name, as {"steps": "rationale"}.', default=None
     )
-    allow_outside: bool = field(default=False, metadata={"help": "Allow image paths outside the folder of the file."})
-    max_patches: int | None = field(
-        default=None, metadata={"help": "Tiles per image at most; the checkpoint's own value (12) if not given."}
+    allow_outside: bool = setting("Allow image paths outside the folder of the file.", default=False)
+    max_patches: int | None = setting(
+        "Tiles per image at most; the checkpoint's own value (12) if not given.", default=None
     )
 
     def read(self, source: str, **kwargs: Any) -> list[dict[str, Any]]:

@@ -6,14 +6,14 @@ What is asked are the records of [`StageDataset`]; who asks gives their indices 
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..configuration_multicoco import MultiCoCoConfig
-from ..curriculum import CurriculumArguments, final_answer
+from ..curriculum import CurriculumArguments, check_settings, final_answer, setting
 from ..data_multicoco import ReasoningCollator, StageDataset
 from ..modeling_multicoco import MultiCoCoForConditionalGeneration
 from .settings import RecordArguments
@@ -26,25 +26,22 @@ CHOICES_BY = ("generation", "likelihood")
 class AskArguments(RecordArguments):
     """How records are read and a checkpoint is loaded and asked: common to score.py and diagnose.py."""
 
-    data: str = field(metadata={"help": "Records: .jsonl, .json, a folder, or a Hub data set."})
-    metric: str = field(
+    data: str = setting("Records: .jsonl, .json, a folder, or a Hub data set.")
+    metric: str = setting(
+        "exact: what is written after the last '### ' is, letter by letter, the record's answer. Else "
+        "FILE:RESULT, a metric in the form of `evaluate` and the name of its result, as "
+        "metrics/answer_accuracy.py:numeric_match.",
         default="exact",
-        metadata={
-            "help": "exact: what is written after the last '### ' is, letter by letter, the record's answer. Else "
-            "FILE:RESULT, a metric in the form of `evaluate` and the name of its result, as "
-            "metrics/answer_accuracy.py:numeric_match."
-        },
     )
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Longest answer in tokens; the data's longest steps and answer if not given."}
+    max_new_tokens: int | None = setting(
+        "Longest answer in tokens; the data's longest steps and answer if not given.", default=None
     )
-    split: str = field(default="validation", metadata={"help": "Split of a folder or Hub data set."})
-    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, ...; the checkpoint's own if auto."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
+    split: str = setting("Split of a folder or Hub data set.", default="validation")
+    dtype: str = setting("float32, bfloat16, ...; the checkpoint's own if auto.", default="auto")
+    use_cpu: bool = setting("Stay on the CPU where there is a GPU.", default=False)
 
     def __post_init__(self):
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"`--max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
+        check_settings(self, max_new_tokens=1)
         path, _, result = self.metric.rpartition(":")
         if self.metric != "exact" and not (result and os.path.isfile(path)):
             raise ValueError(

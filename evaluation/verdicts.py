@@ -115,17 +115,17 @@ def judge_thoughts(scores: Scores, num_tests: int) -> dict[str, Any]:
     damage = {kind: scores.minus("intact", f"{kind}-all", num_tests) for kind in KINDS}
     answers, swapped = scores.predictions["intact"], scores.predictions["swap-all"]
     donors, decoys = results.donors["swap"], results.donors["decoy"]
+
+    def agreement(name, others, rows):
+        return (scores.predictions[name] == answers[others])[rows]
+
     rows = np.flatnonzero((donors >= 0) & (decoys >= 0))
-    fed = {"own_picture": ((swapped == answers[donors])[rows], (swapped == answers[decoys])[rows])}
+    fed = {"own_picture": (agreement("swap-all", donors, rows), agreement("swap-all", decoys, rows))}
     rows = np.flatnonzero((donors >= 0) & (results.donors["swap_same"] >= 0))
-    fed["same_answer"] = tuple(
-        (scores.predictions[f"{kind}-all"] == answers[donors])[rows] for kind in ("swap", "swap_same")
-    )
+    fed["same_answer"] = (agreement("swap-all", donors, rows), agreement("swap_same-all", donors, rows))
     if "swap-picture" in scores.scores:
         rows = np.flatnonzero(scores.valid["swap-picture"] & scores.valid["decoy-picture"])
-        fed["donors_picture"] = tuple(
-            (scores.predictions[f"{kind}-picture"] == answers[donors])[rows] for kind in ("swap", "decoy")
-        )
+        fed["donors_picture"] = (agreement("swap-picture", donors, rows), agreement("decoy-picture", donors, rows))
     following = {
         name: {"donor": rate(found), "decoy": rate(chance), "test": difference(found, chance, num_tests)}
         for name, (found, chance) in fed.items()
@@ -180,23 +180,20 @@ def lens_table(model: Examined, control: Examined | None) -> list[dict[str, Any]
         hits = hits_of(model, index)
         if not hits["top1"]:
             continue
-        top1 = [float(hit) for hit in hits["top1"].values()]
-        chance = [float(hit) for hit in hits["chance"].values()]
+        top1, top5, chance = (list(hits[kind].values()) for kind in ("top1", "top5", "chance"))
         row: dict[str, Any] = {
             "index": index,
             "step": index // model.scores.results.config.c_thought,
             "top1": rate(top1),
-            "top5": rate([float(hit) for hit in hits["top5"].values()]),
+            "top5": rate(top5),
             "chance": rate(chance),
             "above_chance": difference(top1, chance) if chance else None,
         }
         if control and control.measurements and index < (control.scores.results.num_thoughts or 0):
             other = hits_of(control, index)["top1"]
             both = [sample for sample in hits["top1"] if sample in other]
-            row["control"] = rate([float(hit) for hit in other.values()])
-            row["above_control"] = difference(
-                [float(hits["top1"][sample]) for sample in both], [float(other[sample]) for sample in both]
-            )
+            row["control"] = rate(list(other.values()))
+            row["above_control"] = difference([hits["top1"][one] for one in both], [other[one] for one in both])
         table.append(row)
     return table
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from ..compat import leave_out_shm_kernel
 from ..configuration_multicoco import STATE_FEEDBACKS
-from ..curriculum import CurriculumArguments
+from ..curriculum import CurriculumArguments, setting
 from ..evaluation.settings import RecordArguments, find_settings, make_parser
 
 
@@ -19,35 +19,27 @@ from ..evaluation.settings import RecordArguments, find_settings, make_parser
 class ModelArguments:
     """What is trained."""
 
-    model_name_or_path: str = field(
-        metadata={"help": "Folder or Hub name of a multicoco, transformers (-hf) or original InternVL checkpoint."}
+    model_name_or_path: str = setting(
+        "Folder or Hub name of a multicoco, transformers (-hf) or original InternVL checkpoint."
     )
-    init_latents_from: str | None = field(
-        default=None,
-        metadata={
-            "help": "Token whose embedding the thought tokens start from; the mean of all embeddings if not given."
-        },
+    init_latents_from: str | None = setting(
+        "Token whose embedding the thought tokens start from; the mean of all embeddings if not given.", default=None
     )
-    thought_feedback: str | None = field(
-        default=None,
-        metadata={
-            "help": "How a state becomes a thought; the checkpoint's own way if not given.",
-            "choices": list(STATE_FEEDBACKS),
-        },
+    thought_feedback: str | None = setting(
+        "How a state becomes a thought; the checkpoint's own way if not given.", default=None, choices=STATE_FEEDBACKS
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa or flash_attention_2; transformers' choice if not given."}
+    attn_implementation: str | None = setting(
+        "eager, sdpa or flash_attention_2; transformers' choice if not given.", default=None
     )
-    freeze_backbone: bool = field(default=False, metadata={"help": "Keep the vision tower as it is."})
-    freeze_llm: bool = field(default=False, metadata={"help": "Keep the language model and its head as they are."})
-    freeze_mlp: bool = field(default=False, metadata={"help": "Keep the projector between the two as it is."})
-    lora_rank: int = field(
-        default=0,
-        metadata={"help": "Train LoRA adapters of this rank in the language model (needs peft); 0 trains all."},
+    freeze_backbone: bool = setting("Keep the vision tower as it is.", default=False)
+    freeze_llm: bool = setting("Keep the language model and its head as they are.", default=False)
+    freeze_mlp: bool = setting("Keep the projector between the two as it is.", default=False)
+    lora_rank: int = setting(
+        "Train LoRA adapters of this rank in the language model (needs peft); 0 trains all.", default=0
     )
-    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA scale; twice the rank if not given."})
-    estimate_memory: bool = field(
-        default=False, metadata={"help": "Print what the largest training step needs in memory, by formula, and exit."}
+    lora_alpha: int | None = setting("LoRA scale; twice the rank if not given.", default=None)
+    estimate_memory: bool = setting(
+        "Print what the largest training step needs in memory, by formula, and exit.", default=False
     )
 
 
@@ -55,19 +47,14 @@ class ModelArguments:
 class DataArguments(RecordArguments):
     """What it is trained on: records, see docs/data.md."""
 
-    train_file: str = field(metadata={"help": "Records: .jsonl, .json, a folder, or a Hub data set."})
-    eval_file: str | None = field(
-        default=None, metadata={"help": "Records that are answered at the end of each stage."}
+    train_file: str = setting("Records: .jsonl, .json, a folder, or a Hub data set.")
+    eval_file: str | None = setting("Records that are answered at the end of each stage.", default=None)
+    max_length: int | None = setting(
+        "Longest sequence in tokens. A longer record is an error, never cut.", default=None
     )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest sequence in tokens. A longer record is an error, never cut."}
-    )
-    skip_bad_records: bool = field(default=False, metadata={"help": "List and leave out defective records."})
-    answer_every: str = field(
-        default="stage",
-        metadata={"help": "When `eval_file` is answered.", "choices": ["stage", "epoch", "end"]},
-    )
-    answer_batch_size: int = field(default=64, metadata={"help": "Prompts per generate call of one rank."})
+    skip_bad_records: bool = setting("List and leave out defective records.", default=False)
+    answer_every: str = setting("When `eval_file` is answered.", default="stage", choices=["stage", "epoch", "end"])
+    answer_batch_size: int = setting("Prompts per generate call of one rank.", default=64)
 
 
 class Settings(NamedTuple):

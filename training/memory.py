@@ -21,12 +21,7 @@ from ..modeling_multicoco import MultiCoCoForConditionalGeneration
 
 MAX_LIVE_PARAMETERS = 10**9  # DeepSpeed's default of `stage3_max_live_parameters` and `stage3_max_reuse_distance`
 SUB_GROUP = 10**9  # DeepSpeed's default of `sub_group_size`: parameters that ZeRO-3 updates at a time
-# fmt: off
-PARTS = (
-    "weights", "gradients", "optimizer", "casts", "vision", "language", "key_values", "logits", "pending", "working",
-    "buffers",
-)
-# fmt: on
+PARTS = tuple("weights gradients optimizer casts vision language key_values logits pending working buffers".split())
 
 
 @dataclass
@@ -97,9 +92,9 @@ class _Run:
     activation_checkpointing: bool
     accumulate: bool
     lora_rank: int
-    freeze_backbone: bool
-    freeze_llm: bool
-    freeze_mlp: bool
+    tower_trained: bool
+    decoder_trained: bool  # of the language model, beside adapters
+    projector_trained: bool
 
     def __post_init__(self):
         if self.zero_stage not in (None, 1, 2, 3):
@@ -114,9 +109,6 @@ class _Run:
         self.autocast = self.bf16 and self.zero_stage is None
         self.weight = 2 if self.bf16 and self.zero_stage else 4  # bytes: `w`, `s` and the gradient of the formula
         self.act = 2 if self.bf16 else 4  # bytes: `a`, and a gradient that autograd still holds
-        self.tower_trained = not (self.freeze_backbone or self.lora_rank)
-        self.projector_trained = not (self.freeze_mlp or self.lora_rank)
-        self.decoder_trained = not (self.freeze_llm or self.lora_rank)
         self.decoder_learns = self.decoder_trained or self.lora_rank > 0
         # Whether a gradient that waited for earlier passes is kept as it is: neither added, cast nor cut.
         self.hands_over = not (self.accumulate or self.autocast or self.zero_stage in (2, 3))
@@ -177,9 +169,9 @@ def estimate_memory(
         activation_checkpointing=activation_checkpointing,
         accumulate=accumulate,
         lora_rank=lora_rank,
-        freeze_backbone=freeze_backbone,
-        freeze_llm=freeze_llm,
-        freeze_mlp=freeze_mlp,
+        tower_trained=not (freeze_backbone or lora_rank),
+        decoder_trained=not (freeze_llm or lora_rank),
+        projector_trained=not (freeze_mlp or lora_rank),
     )
     if config.text_config.model_type not in ("qwen2", "qwen3", "llama"):
         raise ValueError(
@@ -267,21 +259,15 @@ def _longest(row: TokenizedRecord, stage: int, curriculum: CurriculumArguments) 
 # --- what the weights are ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class _Part:
-    """Modules of one kind. The numbers are those of one of them."""
+    """Modules of one kind. The numbers are those of one of `count`."""
 
-    parameters: int
-    trained: int  # with LoRA those of its adapters
-    products: int  # weights of matrix products and convolutions: what autocast copies
-    count: int
-
-
-def _part(*modules: nn.Module, trained: bool, count: int = 1, adapters: int = 0) -> _Part:
-    parameters = sum(weight.numel() for module in modules for weight in module.parameters())
-    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
-    products = sum(layer.weight.numel() for layer in layers)
-    return _Part(parameters, adapters or (parameters if trained else 0), products, count)
+    def __init__(self, *modules: nn.Module, trained: bool, count: int = 1, adapters: int = 0):
+        parts = [part for module in modules for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+        self.products = sum(part.weight.numel() for part in parts)  # what autocast copies
+        self.parameters = sum(weight.numel() for module in modules for weight in module.parameters())
+        self.trained = adapters or (self.parameters if trained else 0)  # with LoRA those of its adapters
+        self.count = count
 
 
 class _Weights:
@@ -297,13 +283,13 @@ class _Weights:
         adapters = run.lora_rank * sum(part.in_features + part.out_features for part in products)
         untied = not config.tie_word_embeddings
         self.parts = {
-            "patching": _part(*others, trained=run.tower_trained),
-            "tower layer": _part(tower_layers[0], trained=run.tower_trained, count=len(tower_layers)),
-            "projector": _part(model.model.multi_modal_projector, trained=run.projector_trained),
-            "embedding": _part(decoder.embed_tokens, trained=run.decoder_learns),
-            "layer": _part(layers[0], trained=run.decoder_trained, count=len(layers), adapters=adapters),
-            "norm": _part(decoder.norm, trained=run.decoder_trained),
-            "head": _part(model.lm_head, trained=untied and run.decoder_learns, count=int(untied)),
+            "patching": _Part(*others, trained=run.tower_trained),
+            "tower layer": _Part(tower_layers[0], trained=run.tower_trained, count=len(tower_layers)),
+            "projector": _Part(model.model.multi_modal_projector, trained=run.projector_trained),
+            "embedding": _Part(decoder.embed_tokens, trained=run.decoder_learns),
+            "layer": _Part(layers[0], trained=run.decoder_trained, count=len(layers), adapters=adapters),
+            "norm": _Part(decoder.norm, trained=run.decoder_trained),
+            "head": _Part(model.lm_head, trained=untied and run.decoder_learns, count=int(untied)),
         }
         self.largest = max(weight.numel() for weight in model.parameters())
         self.num_parameters = sum(part.parameters * part.count for part in self.parts.values())
