@@ -39,6 +39,8 @@ STATE_FEEDBACKS = ("identity", "rms_match")
 CONSTANT_FEEDBACKS = ("latent", "latent_one_pass")
 FEEDBACKS = STATE_FEEDBACKS + CONSTANT_FEEDBACKS
 CONTROL_FEEDBACK = {"pause": "latent_one_pass", "pause_loop": "latent"}
+# The modes whose samples hold a block of thoughts; the others have written steps, or nothing, in its place.
+BLOCK_MODES = ("coconut", *CONTROL_FEEDBACK)
 # The fields that training sets: what a checkpoint was trained as, and how it is to be asked.
 TRAINED = ("mode", "stage", "num_thoughts", "thought_feedback", "c_thought", "max_latent_stage")
 

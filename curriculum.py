@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .configuration_multicoco import MODES
+from .configuration_multicoco import BLOCK_MODES, MODES
 
 
 ANSWER_MARK = "### "
@@ -128,10 +128,10 @@ class CurriculumArguments:
     @property
     def has_block(self) -> bool:
         """Whether the two markers of a thought block are written; the controls without thoughts have none."""
-        return self.mode in ("coconut", "pause", "pause_loop")
+        return self.mode in BLOCK_MODES
 
     def num_thoughts(self, stage: int) -> int | None:
-        """The budget at inference after `stage`: what a checkpoint's configuration holds. `None`: no block."""
+        """The number of thoughts at inference after `stage`, as a checkpoint's configuration has it. `None`: no block."""
         return self.counts(self.max_latent_stage + 1, stage)[0] if self.has_block else None
 
 

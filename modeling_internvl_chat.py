@@ -203,6 +203,47 @@ class InternVLChatBackbone(InternVLModel):
 
     config: MultiCoCoConfig
 
+    def place_images(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        image_flags: torch.Tensor | None = None,
+        num_patches_list: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor | None, list[int] | None]:
+        """
+        Tiles and the indices of those that are placed (`None`: all), after [`_check_image_tokens`]. A rank without
+        images gets a blank tile that is encoded and not placed, so that it calls the tower like the others.
+
+        Raises:
+            ValueError: the shape of a tile, the number of flags, or tiles and `<IMG_CONTEXT>` tokens do not match.
+        """
+        vision = self.config.vision_config
+        tile = (vision.num_channels, *vision.image_size)
+        tiles, num_tiles = None, 0
+        if pixel_values is None:
+            if world_size() > 1 and (self.training or is_sharded(self)):
+                pixel_values, tiles = torch.zeros((1, *tile), dtype=self.dtype, device=input_ids.device), []
+        else:
+            if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != tile:
+                raise ValueError(
+                    f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected (sum of tiles, {tile[0]}, "
+                    f"{tile[1]}, {tile[2]}). Concatenate the tiles of all samples along the first axis; they "
+                    "are never mixed."
+                )
+            num_tiles = len(pixel_values)
+            if image_flags is not None:
+                flags = torch.as_tensor(image_flags).flatten().tolist()
+                if len(flags) != num_tiles:
+                    raise ValueError(
+                        f"`image_flags` has {len(flags)} entries, expected one for each of {num_tiles} tiles in "
+                        "`pixel_values`. Give 1 for a tile to place, 0 for a dummy."
+                    )
+                tiles = [index for index, flag in enumerate(flags) if flag]
+                num_tiles = len(tiles)
+        image_mask = (input_ids == self.config.image_token_id).cpu()
+        _check_image_tokens(image_mask, num_tiles, self.config.num_image_token, as_counts(num_patches_list))
+        return pixel_values, tiles
+
     def fuse(
         self,
         input_ids: torch.Tensor,
@@ -244,47 +285,6 @@ class InternVLChatBackbone(InternVLModel):
                 f"{int(image_mask.sum())} {IMAGE_CONTEXT_TOKEN} tokens. Give the features of exactly these images."
             )
         return inputs_embeds.masked_scatter(image_mask, features), features
-
-    def place_images(
-        self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        image_flags: torch.Tensor | None = None,
-        num_patches_list: Sequence[int] | None = None,
-    ) -> tuple[torch.Tensor | None, list[int] | None]:
-        """
-        Tiles and the indices of those that are placed (`None`: all), after [`_check_image_tokens`]. A rank without
-        images gets a blank tile that is encoded and not placed, so that it calls the tower like the others.
-
-        Raises:
-            ValueError: the shape of a tile, the number of flags, or tiles and `<IMG_CONTEXT>` tokens do not match.
-        """
-        vision = self.config.vision_config
-        tile = (vision.num_channels, *vision.image_size)
-        tiles, num_tiles = None, 0
-        if pixel_values is None:
-            if world_size() > 1 and (self.training or is_sharded(self)):
-                pixel_values, tiles = torch.zeros((1, *tile), dtype=self.dtype, device=input_ids.device), []
-        else:
-            if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != tile:
-                raise ValueError(
-                    f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected (sum of tiles, {tile[0]}, "
-                    f"{tile[1]}, {tile[2]}). Concatenate the tiles of all samples along the first axis; they "
-                    "are never mixed."
-                )
-            num_tiles = len(pixel_values)
-            if image_flags is not None:
-                flags = torch.as_tensor(image_flags).flatten().tolist()
-                if len(flags) != num_tiles:
-                    raise ValueError(
-                        f"`image_flags` has {len(flags)} entries, expected one for each of {num_tiles} tiles in "
-                        "`pixel_values`. Give 1 for a tile to place, 0 for a dummy."
-                    )
-                tiles = [index for index, flag in enumerate(flags) if flag]
-                num_tiles = len(tiles)
-        image_mask = (input_ids == self.config.image_token_id).cpu()
-        _check_image_tokens(image_mask, num_tiles, self.config.num_image_token, as_counts(num_patches_list))
-        return pixel_values, tiles
 
     @can_return_tuple
     def forward(

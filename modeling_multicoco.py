@@ -195,52 +195,6 @@ class MultiCoCoModel(InternVLChatBackbone):
             inputs_embeds=torch.cat(chunks, dim=1) if return_inputs_embeds else None,
         )
 
-    def _plan(
-        self,
-        input_ids: torch.Tensor | None,
-        tokens: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
-        latent_mask: torch.Tensor | None,
-        answer_sees: str,
-        *,
-        needs_passes: bool,
-    ) -> Plan:
-        """Reads and checks the batch. After this the host asks nothing of the device until the loss."""
-        length = tokens.shape[1]
-        samples = None
-        if position_ids is not None and length > 1 and not holds_tokens(past_key_values):
-            samples = packed_samples(position_ids, attention_mask, tokens)
-        columns, numbers = [], torch.empty(0, dtype=torch.long)
-        if latent_mask is not None:
-            numbers = self.number_thoughts(input_ids, pad_mask(latent_mask, length), attention_mask, samples)
-            if self.config.thought_feedback != "latent_one_pass" or needs_passes:
-                columns = numbers.any(dim=0).nonzero().flatten().tolist()
-            if columns and attention_mask is not None and not is_2d(attention_mask):
-                raise ValueError("`attention_mask` must be (batch_size, sequence_length) when there are thoughts.")
-        visible = None
-        if answer_sees != "all":
-            if holds_tokens(past_key_values):
-                raise ValueError(
-                    f"`answer_sees={answer_sees!r}` cannot continue `past_key_values`: which of its positions are to "
-                    "be hidden is not known. Pass the whole sequence and no cache."
-                )
-            if samples is not None:
-                raise ValueError(f"`answer_sees={answer_sees!r}` cannot be used with packed rows. Pad instead.")
-            visible = answer_visibility(self.config, answer_sees, input_ids, latent_mask)
-        elif samples is not None:
-            language_config = self.language_model.config
-            visible = packed_visibility(language_config, samples.to(tokens.device), has_thoughts=bool(columns))
-        num_surplus = 0
-        if latent_mask is not None and is_sharded(self):  # asked before the passes, which gather parameters themselves
-            num_passes = len(columns) + 1
-            num_surplus = most_of_all_ranks(num_passes, tokens.device) - num_passes
-        position_ids = count_positions(position_ids, attention_mask, length)
-        if columns and is_2d(attention_mask) and attention_mask.all():
-            attention_mask = None  # without padding the passes use kernels that take no mask
-        return Plan(columns, numbers, num_surplus, visible, attention_mask, position_ids)
-
     def _resolve_cache(self, use_cache: bool | None, past_key_values: Cache | None) -> bool:
         """Whether a cache is returned; refuses what activation checkpointing would silently compute wrongly."""
         if use_cache is None:
@@ -299,6 +253,52 @@ class MultiCoCoModel(InternVLChatBackbone):
                 f"`processor(..., num_thoughts={config.num_thoughts})` adds the block."
             )
         return input_ids == config.latent_token_id
+
+    def _plan(
+        self,
+        input_ids: torch.Tensor | None,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        latent_mask: torch.Tensor | None,
+        answer_sees: str,
+        *,
+        needs_passes: bool,
+    ) -> Plan:
+        """Reads and checks the batch. After this the host asks nothing of the device until the loss."""
+        length = tokens.shape[1]
+        samples = None
+        if position_ids is not None and length > 1 and not holds_tokens(past_key_values):
+            samples = packed_samples(position_ids, attention_mask, tokens)
+        columns, numbers = [], torch.empty(0, dtype=torch.long)
+        if latent_mask is not None:
+            numbers = self.number_thoughts(input_ids, pad_mask(latent_mask, length), attention_mask, samples)
+            if self.config.thought_feedback != "latent_one_pass" or needs_passes:
+                columns = numbers.any(dim=0).nonzero().flatten().tolist()
+            if columns and attention_mask is not None and not is_2d(attention_mask):
+                raise ValueError("`attention_mask` must be (batch_size, sequence_length) when there are thoughts.")
+        visible = None
+        if answer_sees != "all":
+            if holds_tokens(past_key_values):
+                raise ValueError(
+                    f"`answer_sees={answer_sees!r}` cannot continue `past_key_values`: which of its positions are to "
+                    "be hidden is not known. Pass the whole sequence and no cache."
+                )
+            if samples is not None:
+                raise ValueError(f"`answer_sees={answer_sees!r}` cannot be used with packed rows. Pad instead.")
+            visible = answer_visibility(self.config, answer_sees, input_ids, latent_mask)
+        elif samples is not None:
+            language_config = self.language_model.config
+            visible = packed_visibility(language_config, samples.to(tokens.device), has_thoughts=bool(columns))
+        num_surplus = 0
+        if latent_mask is not None and is_sharded(self):  # asked before the passes, which gather parameters themselves
+            num_passes = len(columns) + 1
+            num_surplus = most_of_all_ranks(num_passes, tokens.device) - num_passes
+        position_ids = count_positions(position_ids, attention_mask, length)
+        if columns and is_2d(attention_mask) and attention_mask.all():
+            attention_mask = None  # without padding the passes use kernels that take no mask
+        return Plan(columns, numbers, num_surplus, visible, attention_mask, position_ids)
 
     def number_thoughts(
         self,

@@ -17,7 +17,6 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from .compat import attention_of, is_2d
 from .configuration_multicoco import (
-    CONSTANT_FEEDBACKS,
     END_LATENT_TOKEN,
     LATENT_TOKEN,
     START_LATENT_TOKEN,
@@ -327,13 +326,19 @@ def thought_of(state: torch.Tensor, latent: torch.Tensor, thought_feedback: str)
     The thought (B, D) that a state (B, D) becomes where the embedding `latent` (B, D) stands; for `thought_feedback`
     see [`MultiCoCoConfig`].
     """
-    if thought_feedback in CONSTANT_FEEDBACKS:
-        return latent
-    if thought_feedback == "identity":
-        return state
-    # Not the mean norm of all embeddings: under ZeRO-3 no rank has them, and this one can be learned.
-    norm = state.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(state.dtype).tiny)
-    return state * (latent.norm(dim=-1, keepdim=True) / norm)
+    match thought_feedback:
+        case "identity":
+            return state
+        case (
+            "rms_match"
+        ):  # not the mean norm of all embeddings: under ZeRO-3 no rank has them; this one can be learned
+            norm = state.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(state.dtype).tiny)
+            return state * (latent.norm(dim=-1, keepdim=True) / norm)
+        case "latent" | "latent_one_pass":
+            return latent
+    raise ValueError(
+        f"`thought_feedback` {thought_feedback!r} has no rule. Write it here, beside its name in `FEEDBACKS`."
+    )
 
 
 def join_hidden_states(outputs: Sequence[Any]) -> Any:

@@ -21,6 +21,8 @@ from ..configuration_multicoco import MultiCoCoConfig
 
 
 FORMAT = 1  # of experiments and their files: raise it when an experiment of the same name means something else
+# Each is a test of the verdict, for all thoughts and for each; what is only shown is named in [`plan`], replaced in
+# `diagnosis.py` and labelled in `page.py`.
 KINDS = {
     "zero": "zeros",
     "mean": "the data set's mean thought of that index",

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor
+from multicoco.configuration_multicoco import BLOCK_MODES, MODES
 from multicoco.curriculum import CurriculumArguments
 from multicoco.data_multicoco import ReasoningCollator, StageDataset
 from multicoco.processing_multicoco import thought_block
@@ -144,12 +145,12 @@ def test_after_a_clearing_no_moment_is_left(run):
     assert Look.cleared == [True, False, True, True]  # before the first step there is none
 
 
-@pytest.mark.parametrize("mode", ["coconut", "cot", "no_cot", "no_thoughts", "pause", "pause_loop"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_mode_trains_and_is_saved(run, tmp_path, mode):
     trainer, spy = run(mode=mode, epochs_stage_0=0, settings={"max_steps": 2})
     trainer.save_model(tmp_path / "saved")
     config = MultiCoCoConfig.from_pretrained(tmp_path / "saved")
-    has_thoughts = mode in ("coconut", "pause", "pause_loop")
+    has_thoughts = mode in BLOCK_MODES
     assert spy.latents == [int(has_thoughts)] * 2
     assert (config.mode, config.stage) == (mode, 0 if mode in ("cot", "no_cot") else 1)
     assert all(torch.isfinite(torch.tensor(loss)) for loss in losses(trainer).values())

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import AddedToken, AutoTokenizer
 
 from multicoco import MultiCoCoProcessor
-from multicoco.configuration_multicoco import MODES
+from multicoco.configuration_multicoco import BLOCK_MODES, MODES
 from multicoco.curriculum import CurriculumArguments, compose, draw_stage
 from multicoco.data_multicoco import ReasoningCollator, StageDataset
 from multicoco.modeling_internvl_chat import count_positions
@@ -173,7 +173,7 @@ def test_all_modes_train_equally_long(mode):
     has_stages = mode not in ("cot", "no_cot")
     expected = [coconut.stage(epoch) if has_stages else 0 for epoch in range(15)]
     assert [curriculum.stage(epoch) for epoch in range(15)] == expected
-    with_block = mode in ("coconut", "pause", "pause_loop")
+    with_block = mode in BLOCK_MODES
     assert curriculum.num_thoughts(2) == (4 if with_block else None)
 
 

@@ -13,6 +13,9 @@ from reference import (
     widened,
 )
 
+from multicoco.configuration_multicoco import FEEDBACKS
+from multicoco.passes import thought_of
+
 
 CASES = {
     "no_thoughts": dict(num_thoughts=(0, 0)),
@@ -69,3 +72,12 @@ def test_logits_and_thoughts_match_full_recompute(model, batch, attn_implementat
                     output.thoughts[row, : len(thoughts)], torch.stack(thoughts), atol=1e-11, rtol=0
                 )
                 assert not output.thoughts[row, len(thoughts) :].any()
+
+
+@pytest.mark.parametrize("thought_feedback", FEEDBACKS)
+def test_every_feedback_has_a_rule(thought_feedback):
+    """A name without one was fed by the rule of another."""
+    state, latent = torch.ones(2, 3), torch.full((2, 3), 0.5)
+    thought_of(state, latent, thought_feedback)
+    with pytest.raises(ValueError, match="no rule"):
+        thought_of(state, latent, "another")

@@ -172,6 +172,12 @@ def test_a_value_that_ends_like_a_settings_file_is_a_value(write, tmp_path):
     assert sources["data"] == settings
 
 
+def test_a_control_takes_no_feedback_of_states(write):
+    """It was replaced by the control's in silence."""
+    with pytest.raises(ValueError, match="`--mode pause` feeds constants"):
+        parse(None, [write("a.yaml", {**NEEDED, "mode": "pause", "thought_feedback": "rms_match"})])
+
+
 class Noted(TrainerCallback):
     pass
 

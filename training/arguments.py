@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..compat import leave_out_shm_kernel
-from ..configuration_multicoco import STATE_FEEDBACKS
+from ..configuration_multicoco import CONTROL_FEEDBACK, STATE_FEEDBACKS
 from ..curriculum import CurriculumArguments, setting
 from ..evaluation.settings import RecordArguments, find_settings, make_parser
 
@@ -83,6 +83,11 @@ def parse(description: str | None, arguments: Sequence[str]) -> Settings:
         if "deepspeed" in sources:
             words += _prepare_deepspeed_on_cpu()
     model_args, data_args, curriculum, args = parser.parse_args_into_dataclasses(args=words)
+    if model_args.thought_feedback is not None and curriculum.mode in CONTROL_FEEDBACK:
+        raise ValueError(
+            f"`--thought_feedback` is {model_args.thought_feedback!r}, but `--mode {curriculum.mode}` feeds constants: "
+            "leave it out, or train another mode."
+        )
     if "num_train_epochs" not in sources and args.max_steps <= 0:
         args.num_train_epochs = curriculum.num_epochs
         sources["num_train_epochs"] = "curriculum"

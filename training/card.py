@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..compat import optional_file
-from ..configuration_multicoco import MODES, MultiCoCoConfig
+from ..configuration_multicoco import CONTROL_FEEDBACK, MODES, MultiCoCoConfig
 from ..evaluation.intervals import wilson_interval
 
 
@@ -262,7 +262,7 @@ def _verdict_text(config: MultiCoCoConfig, verdict: str | None, modes: set[str])
         return []
     if verdict:
         return [f"By `diagnose.py`, which damages and swaps thoughts: they are **{verdict}**."]
-    if modes & {"pause", "pause_loop", "no_thoughts"}:
+    if modes & {*CONTROL_FEEDBACK, "no_thoughts"}:
         return []
     return [
         "No control (`pause`, `pause_loop`, `no_thoughts`) was measured beside it, so these figures do not show that "
