@@ -104,7 +104,7 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
         return []
     comparisons = []
     for name in dict.fromkeys(arguments.model) if arguments.compare else ():
-        for mine, other in pair_numbers(numbers, name, arguments.compare):
+        for mine, other in pair_numbers(numbers, name, str(arguments.compare)):
             comparisons.append(compare(rows[mine], rows[other], scores[mine], scores[other]))
     table = list(rows.values())
     written = write_scores(arguments.output_dir, asdict(arguments), table, comparisons)
