@@ -131,7 +131,7 @@ class CurriculumArguments:
         return self.mode in BLOCK_MODES
 
     def num_thoughts(self, stage: int) -> int | None:
-        """The number of thoughts at inference after `stage`, as a checkpoint's configuration has it. `None`: no block."""
+        """The number of thoughts at inference after `stage`, as a configuration has it; `None`: no block."""
         return self.counts(self.max_latent_stage + 1, stage)[0] if self.has_block else None
 
 

@@ -85,8 +85,8 @@ def parse(description: str | None, arguments: Sequence[str]) -> Settings:
     model_args, data_args, curriculum, args = parser.parse_args_into_dataclasses(args=words)
     if model_args.thought_feedback is not None and curriculum.mode in CONTROL_FEEDBACK:
         raise ValueError(
-            f"`--thought_feedback` is {model_args.thought_feedback!r}, but `--mode {curriculum.mode}` feeds constants: "
-            "leave it out, or train another mode."
+            f"`--thought_feedback` is {model_args.thought_feedback!r}, but `--mode {curriculum.mode}` feeds "
+            "constants: leave it out, or train another mode."
         )
     if "num_train_epochs" not in sources and args.max_steps <= 0:
         args.num_train_epochs = curriculum.num_epochs

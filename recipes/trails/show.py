@@ -21,15 +21,15 @@ from multicoco.recipes.trails.prepare import CELL_PIXELS
 
 def answer(
     model: MultiCoCoForConditionalGeneration, processor: MultiCoCoProcessor, record: dict, num_thoughts: int
-) -> list[str]:
-    """The new tokens, decoded one by one, without the end of the turn."""
+) -> tuple[str, int]:
+    """What is written on one line, and the number of new tokens, the end of the turn among them."""
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": question_text(record)}], num_thoughts=num_thoughts, add_generation_prompt=True
     )
     inputs = processor(images=record["images"], text=prompt, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
     tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
-    return [processor.tokenizer.decode([token]) for token in tokens if token != model.generation_config.eos_token_id]
+    return processor.tokenizer.decode(tokens, skip_special_tokens=True).replace("\n", "  →  "), len(tokens)
 
 
 @torch.no_grad()
@@ -38,7 +38,8 @@ def draw_answers(
 ) -> None:
     """The board at the left; the question, the written and the latent answer at the right."""
     num_thoughts = model.config.num_thoughts
-    written, latent = answer(model, processor, record, 0), answer(model, processor, record, num_thoughts)
+    written, num_written = answer(model, processor, record, 0)
+    latent, num_latent = answer(model, processor, record, num_thoughts)
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     board, text = figure.subplots(1, 2, width_ratios=(1, 1.6))
     with Image.open(record["images"][0]) as image:
@@ -54,10 +55,10 @@ def draw_answers(
     small, code = {"color": "0.4", "fontsize": 9}, {"family": "monospace"}
     lines = [
         (0.95, record["question"], {}),
-        (0.72, f"written reasoning, {len(written)} generated tokens", small),
-        (0.61, "".join(written).replace("\n", "  →  "), code),
-        (0.39, f"{num_thoughts} continuous thoughts, {len(latent)} generated token{'s'[: len(latent) > 1]}", small),
-        (0.28, "● " * num_thoughts + " " + "".join(latent).replace("\n", "  →  "), code),
+        (0.72, f"written reasoning, {num_written} generated tokens", small),
+        (0.61, written, code),
+        (0.39, f"{num_thoughts} continuous thoughts, {num_latent} generated tokens", small),
+        (0.28, "● " * num_thoughts + " " + latent, code),
         (0.06, f"right answer: {record['answer']}", small),
     ]
     for height, line, style in lines:
