@@ -63,7 +63,7 @@ class CurriculumArguments:
         "One more stage without any written step, for records of more than `max_latent_stage` steps.", default=True
     )
     pad_latent_to_max: bool = setting(
-        "In the final stage give every record the full budget, also with fewer steps than stages.", default=True
+        "In the final stage give every record all thoughts, also with fewer steps than stages.", default=True
     )
     epochs_per_stage: int = setting("Epochs before the next step is replaced.", default=3)
     epochs_stage_0: int | None = setting(

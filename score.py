@@ -34,7 +34,7 @@ class ScoreArguments(AskArguments):
         "Folder of the predictions, scores.json, scores.csv and scores.png.", default="out/scores"
     )
     num_thoughts: list[int] | None = setting(
-        "Budgets of thoughts; each checkpoint's own if not given. A checkpoint that was trained without "
+        "Numbers of thoughts; each checkpoint's own if not given. A checkpoint that was trained without "
         "a thought block is asked once, without one.",
         default=None,
     )
@@ -50,7 +50,7 @@ class ScoreArguments(AskArguments):
     batch_size: int = setting("Samples at a time on one rank.", default=16)
     predict_only: bool = setting("Answer without scoring: no accuracy, no comparison, no picture.", default=False)
     predictions_to: str | None = setting(
-        "JSON file in A-OKVQA's form that the predictions of one budget are added to.", default=None
+        "JSON file in A-OKVQA's form that the predictions of one number of thoughts are added to.", default=None
     )
     attn_implementation: str | None = setting(
         "eager, sdpa or flash_attention_2; transformers' choice if not given.", default=None
@@ -66,8 +66,8 @@ class ScoreArguments(AskArguments):
             raise ValueError("`--compare` needs accuracies, which `--predict_only` leaves out. Drop one of the two.")
         if self.predictions_to and (len(self.model) > 1 or self.compare or len(self.num_thoughts or [0]) > 1):
             raise ValueError(
-                "`--predictions_to` holds the answers of one checkpoint at one budget, but more are asked. Give one "
-                "`--model` and at most one of `--num_thoughts`, without `--compare`."
+                "`--predictions_to` holds the answers of one checkpoint at one number of thoughts, but more are "
+                "asked. Give one `--model` and at most one of `--num_thoughts`, without `--compare`."
             )
 
 

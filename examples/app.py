@@ -18,7 +18,7 @@ def build(model_path: str, max_new_tokens: int = 512) -> gr.Blocks:
     """The page, with the checkpoint loaded; its function answers under the name `ask` too, for programs."""
     processor = MultiCoCoProcessor.from_pretrained(model_path)
     model = MultiCoCoForConditionalGeneration.from_pretrained(model_path, dtype="auto", device_map="auto")
-    budget = processor.num_thoughts  # None: trained without a block of thoughts
+    trained = processor.num_thoughts  # None: trained without a block of thoughts
 
     def ask(picture: Image.Image | None, question: str, num_thoughts: int | None) -> str:
         if not (question or "").strip():
@@ -28,7 +28,7 @@ def build(model_path: str, max_new_tokens: int = 512) -> gr.Blocks:
         try:
             inputs = processor.apply_chat_template(
                 messages,
-                num_thoughts=num_thoughts if budget is None else int(num_thoughts),
+                num_thoughts=num_thoughts if trained is None else int(num_thoughts),
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
@@ -47,12 +47,12 @@ def build(model_path: str, max_new_tokens: int = 512) -> gr.Blocks:
                 question = gr.Textbox(label="Question", placeholder="How many cars are parked?")
                 num_thoughts = gr.Slider(
                     0,
-                    2 * budget if budget else 1,
-                    value=budget,
+                    2 * trained if trained else 1,
+                    value=trained,
                     step=1,
                     label="Thoughts",
-                    info=f"Trained with {budget}.",
-                    visible=budget is not None,
+                    info=f"Trained with {trained}.",
+                    visible=trained is not None,
                 )
                 button = gr.Button("Ask", variant="primary")
                 answer = gr.Textbox(label="Answer", lines=3, buttons=["copy"])

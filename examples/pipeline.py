@@ -25,8 +25,8 @@ def main(arguments: list[str] | None = None) -> str:
     ask = pipeline("image-text-to-text", model=args.model, trust_remote_code=True)
     content = [{"type": "image", "url": args.image}, {"type": "text", "text": args.question}]
     messages = [{"role": "user", "content": content}]
-    budget = {} if args.num_thoughts is None else {"num_thoughts": args.num_thoughts}  # of the chat template
-    answers = ask(text=messages, **budget, max_new_tokens=args.max_new_tokens, return_full_text=False)
+    number = {} if args.num_thoughts is None else {"num_thoughts": args.num_thoughts}  # of the chat template
+    answers = ask(text=messages, **number, max_new_tokens=args.max_new_tokens, return_full_text=False)
     print(answers[0]["generated_text"])
     return answers[0]["generated_text"]
 

@@ -20,7 +20,7 @@ or by OpenAI's client (a picture of yours is a URL too: `"data:image/jpeg;base64
         messages=[{"role": "user", "content": [
             {"type": "image_url", "image_url": {"url": "https://example.com/street.jpg"}},
             {"type": "text", "text": "How many cars are parked?"}]}],
-        extra_body={"chat_template_kwargs": {"num_thoughts": 6}},  # the checkpoint's own budget without this line
+        extra_body={"chat_template_kwargs": {"num_thoughts": 6}},  # the checkpoint's own number without this line
     )
     print(answer.choices[0].message.content)
 

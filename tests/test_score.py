@@ -393,8 +393,8 @@ def test_flags_win_over_the_file(tmp_path, name):
         (["--metric", "no/such.py:exact_match"], "`--metric` is 'no/such.py:exact_match', expected"),
         (["--metric", str(ROOT / "metrics" / "aokvqa.py")], "expected 'exact' or FILE:RESULT"),
         (["--predict_only", "--compare", "b"], "`--compare` needs accuracies"),
-        (["--predictions_to", "a.json", "--num_thoughts", "0", "1"], "answers of one checkpoint at one budget"),
-        (["--predictions_to", "a.json", "--compare", "b"], "answers of one checkpoint at one budget"),
+        (["--predictions_to", "a.json", "--num_thoughts", "0", "1"], "answers of one checkpoint at one number"),
+        (["--predictions_to", "a.json", "--compare", "b"], "answers of one checkpoint at one number"),
         ([], "`no/such.jsonl` does not exist"),
     ],
     ids=[

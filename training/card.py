@@ -273,7 +273,7 @@ def _verdict_text(config: MultiCoCoConfig, verdict: str | None, modes: set[str])
 def _eval_results(
     results: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], data_file: str | None
 ) -> list[EvalResult]:
-    """For the metadata: each budget that score.py asked this model with, else the last answers of the run."""
+    """For the metadata: each row that score.py has of this model, else the last answers of the run."""
 
     def entry(data: str | None, rate: float, name: str) -> EvalResult:
         name_of_data = Path(data).name if data else "not recorded"
