@@ -1,6 +1,6 @@
 """Every touch on the inside of a library, and what ranks ask of each other. Knows modules and processes, no InternVL.
 
-Each function says in its last line what upstream could offer instead.
+Each function that touches one says in its last line what upstream could offer instead.
 """
 
 from __future__ import annotations

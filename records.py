@@ -1,6 +1,6 @@
 """From files and data sets to checked records. Knows files and texts, no tokens and no model.
 
-records -> TokenizedRecords (integers, checked once) -> StageDataset (composed lazily) -> ReasoningCollator
+A source gives rows; the table `_CHECKS` makes a record of each, or says what is wrong with it.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""Intervals and tests for accuracies: of one proportion, and of two models or settings on the same samples."""
+"""Intervals and tests for accuracies: of one proportion, and of two models or settings on the same samples.
+
+Knows numbers only.
+"""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The settings of train.py: dataclasses, and their values from a file and from flags."""
+"""The settings of train.py: dataclasses, and their values from a file and from flags. Knows no model and no data."""
 
 import json
 import os

@@ -2,7 +2,7 @@
 
 It reads config.json, settings.json and results.json (of `train.py`), scores.json in the folder or in its `scores/` (of
 `score.py`), diagnosis.json in the folder or in its `diagnosis/` (of `diagnose.py`), and adapter_config.json if
-adapters were trained. What is not there is not claimed.
+adapters were trained. What is not there is not claimed. Knows files, no model.
 """
 
 import json

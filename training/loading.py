@@ -1,4 +1,4 @@
-"""The model that is trained: loaded, with its thought tokens, frozen parts and adapters."""
+"""The model that is trained: loaded, with its thought tokens, frozen parts and adapters. Knows no data."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a run leaves to be read: settings, tables, pictures, the estimate of its memory."""
+"""What a run leaves to be read: settings, tables, pictures, the estimate of its memory. Trains nothing."""
 
 import dataclasses
 import json

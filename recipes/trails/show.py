@@ -1,6 +1,8 @@
 """Draws a board with what a trained model says about it: in written steps, and after continuous thoughts.
 
-python recipes/trails/show.py --model out/trails-coconut --data data/trails/val.jsonl --output out/board.png
+    python recipes/trails/show.py --model out/trails-coconut --data data/trails/val.jsonl --output out/board.png
+
+Numbers of generated tokens count the end of the turn, as the tables do.
 """
 
 import argparse
