@@ -267,7 +267,7 @@ def run_passes(
     batch_size, length, hidden_size = inputs_embeds.shape
     num_thoughts = int(plan.numbers.max()) if columns else 0
     thoughts = [inputs_embeds.new_zeros(batch_size, hidden_size)] * num_thoughts
-    numbers = plan.numbers.to(inputs_embeds.device, non_blocking=True)
+    numbers = plan.numbers.to(inputs_embeds.device, non_blocking=True) if columns else plan.numbers
     if columns and use_cache and past_key_values is None:
         past_key_values = DynamicCache(config=config)
     past_length = plan.attention_mask.shape[1] - length if is_2d(plan.attention_mask) else 0
@@ -329,9 +329,8 @@ def thought_of(state: torch.Tensor, latent: torch.Tensor, thought_feedback: str)
     match thought_feedback:
         case "identity":
             return state
-        case (
-            "rms_match"
-        ):  # not the mean norm of all embeddings: under ZeRO-3 no rank has them; this one can be learned
+        case "rms_match":
+            # Not the mean norm of all embeddings: under ZeRO-3 no rank has them, and this one can be learned.
             norm = state.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(state.dtype).tiny)
             return state * (latent.norm(dim=-1, keepdim=True) / norm)
         case "latent" | "latent_one_pass":
