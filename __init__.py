@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .curriculum import CurriculumArguments, final_answer
     from .data_multicoco import ReasoningCollator, StageDataset
     from .evaluation.intervals import mcnemar, mean_interval, paired_bootstrap, wilson_interval
-    from .records import load_records, question_text
+    from .records import load_records, question_text, turns
     from .trainer_callbacks import AnswerCallback, CompletionCallback, CurriculumCallback, last_complete_checkpoint
     from .training.memory import BatchShape, estimate_memory
 
@@ -62,13 +62,14 @@ __all__ = [
     "mean_interval",
     "paired_bootstrap",
     "question_text",
+    "turns",
     "wilson_interval",
 ]
 _LAZY = {
     "curriculum": ("CurriculumArguments", "final_answer"),
     "data_multicoco": ("ReasoningCollator", "StageDataset"),
     "evaluation.intervals": ("mcnemar", "mean_interval", "paired_bootstrap", "wilson_interval"),
-    "records": ("load_records", "question_text"),
+    "records": ("load_records", "question_text", "turns"),
     "trainer_callbacks": ("AnswerCallback", "CompletionCallback", "CurriculumCallback", "last_complete_checkpoint"),
     "training.memory": ("BatchShape", "estimate_memory"),
 }

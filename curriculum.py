@@ -8,6 +8,7 @@ Only what follows the block is a label. The rules are those of the original prog
 27273cb); where it trains and asks with different numbers of thoughts, we ask as we train.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -76,6 +77,12 @@ class CurriculumArguments:
         choices=MIXES,
     )
     mix_prob: float = setting("Probability that a sample is mixed rather than scheduled.", default=1.0)
+    without_steps: str = setting(
+        "A record without written steps among others: refuse: an error. no_thoughts: it has none, at any stage. "
+        "thoughts: it has those of the stage, as a record with fewer steps than the stage replaces.",
+        default="refuse",
+        choices=["refuse", "no_thoughts", "thoughts"],
+    )
     reset_optimizer_every: str = setting(
         "Clear Adam's moments at every new stage (the paper), epoch (its program), or never.",
         default="stage",
@@ -119,11 +126,18 @@ class CurriculumArguments:
             return 0, 0
         if self.mode == "no_cot":
             return 0, num_steps
+        if num_steps == 0 and self.without_steps == "no_thoughts":
+            return 0, 0
         replaced, gone = stage, min(stage, num_steps)
         if stage > self.max_latent_stage:
             replaced = self.max_latent_stage if self.pad_latent_to_max else min(num_steps, self.max_latent_stage)
             gone = num_steps
         return (0 if self.mode == "no_thoughts" else replaced * self.c_thought), gone
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether a record without written steps is a defect."""
+        return self.mode != "no_cot" and self.without_steps == "refuse"
 
     @property
     def has_block(self) -> bool:
@@ -154,6 +168,12 @@ def draw_rationale(num_rationales: int, key: tuple[int, int, int]) -> int:
     if num_rationales < 2:
         return 0
     return int(np.random.default_rng((*key, 1)).integers(num_rationales))  # 1: another stream than the stage's
+
+
+@functools.lru_cache(maxsize=8)
+def draw_order(count: int, key: tuple[int, int, int]) -> np.ndarray:
+    """An order of so many things, `(count,)` indices. `key` is (seed, number of the set, how often it was used)."""
+    return np.random.default_rng((*key, 2)).permutation(count)  # 2: another stream than the others'
 
 
 def compose(

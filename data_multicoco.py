@@ -1,19 +1,26 @@
 """From records to batches, at any stage of the curriculum. Knows tokens and tiles, no model. Read it downwards:
 
-records -> TokenizedRecords (integers, checked once) -> StageDataset (composed lazily) -> ReasoningCollator
+records -> a table of token ids (checked once) -> StageDataset (composed lazily) -> ReasoningCollator
 """
 
+import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
+from datasets import Dataset as HubDataset
 from PIL import Image
 
 from .configuration_multicoco import IMAGE_CONTEXT_TOKEN, LATENT_TOKEN, TURN_END_TOKEN, thought_block
-from .curriculum import ANSWER_MARK, CurriculumArguments, compose, draw_rationale, draw_stage
+from .curriculum import ANSWER_MARK, CurriculumArguments, compose, draw_order, draw_rationale, draw_stage
 from .processing_multicoco import MultiCoCoProcessor, expand_image_tokens, open_image
-from .records import DatasetImage, list_defects, question_text
+from .records import DatasetImage, Records, load_records, turns
+from .sources import fingerprint_of, list_defects, make_table, split_defects
 
 
 # --- records -> tokens -------------------------------------------------------------------------------------------
@@ -23,21 +30,109 @@ from .records import DatasetImage, list_defects, question_text
 class TokenizedRecord:
     """Token ids of the pieces of a record; the question with one visual token per image."""
 
-    record: Mapping[str, Any]
+    id: str | int
     question: list[int]
     rationales: list[list[list[int]]]  # alternative lists of steps, at least one, which may be empty
     answer: list[int]
     num_patches_list: list[int]
+    images: list[Any]
+
+
+@dataclass(frozen=True)
+class RecordShape:
+    """The lengths of the pieces of a record."""
+
+    question: int
+    rationales: list[list[int]]  # of each step
+    answer: int
+    num_patches_list: list[int]
+
+    def prompt(self, num_image_token: int) -> int:
+        """Tokens of its question, with those of its images."""
+        return self.question + num_image_token * sum(self.num_patches_list) - len(self.num_patches_list)
+
+    def longest(self, rules: CurriculumArguments, num_image_token: int) -> int:
+        """Tokens of its longest sample, at any stage."""
+        lengths, prompt = [], self.prompt(num_image_token)
+        for steps in self.rationales:
+            for stage in range(rules.last_stage + 1):
+                num_thoughts, num_gone = rules.counts(len(steps), stage)
+                markers = num_thoughts + 2 if rules.has_block else 0
+                lengths.append(prompt + markers + sum(steps[num_gone:]) + self.answer)
+        return max(lengths)
+
+
+_TOKENS_SCHEMA = pa.schema(
+    {
+        "row": pa.int64(),  # of the records
+        "id": pa.string(),  # JSON
+        "ids": pa.list_(pa.int32()),  # question, the steps of all rationales, answer
+        "lengths": pa.list_(pa.list_(pa.int32())),  # of question and answer; then of the steps of each rationale
+        "num_patches_list": pa.list_(pa.int32()),
+        "paths": pa.list_(pa.string()),  # of those images that are files
+        "bytes": pa.list_(pa.int64()),  # their sizes when their tiles were counted
+        "defect": pa.string(),
+    }
+)
+
+
+@dataclass
+class _CheckRecords:
+    """Rows of the table of tokens, or the defects that records have."""
+
+    records: Records
+    processor: MultiCoCoProcessor
+    curriculum: CurriculumArguments
+    max_length: int | None
+
+    def __call__(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        sizes: dict[str, tuple[int, int]] = {}  # many records may be about one picture
+        records = [self.records[number] for number in numbers]
+        for number, record, (pieces, wholes) in zip(numbers, records, _tokenize(records, self.processor), strict=True):
+            try:
+                question, rationales, answer = pieces
+                counts = _count_tiles(record, self.processor, sizes)
+                if [[*question, *chain(*steps), *answer] for steps in rationales] != wholes:
+                    raise ValueError(
+                        f"Record {record['id']!r}: `steps` and `answer` tokenize differently in pieces and as a "
+                        "whole, so the model would be trained on other tokens than it writes. Strip unusual "
+                        "characters at their ends."
+                    )
+                lengths = [[len(step) for step in steps] for steps in rationales]
+                self._check_length(record, RecordShape(len(question), lengths, len(answer), counts))
+                paths = [image for image in record["images"] if isinstance(image, str)]
+                yield {
+                    "row": number,
+                    "id": json.dumps(record["id"]),
+                    "ids": [*question, *chain(*chain(*rationales)), *answer],
+                    "lengths": [[len(question), len(answer)], *lengths],
+                    "num_patches_list": counts,
+                    "paths": paths,
+                    "bytes": [os.path.getsize(path) for path in paths],
+                }
+            except ValueError as error:
+                yield {"row": number, "defect": str(error)}
+
+    def _check_length(self, record: Mapping[str, Any], shape: RecordShape) -> None:
+        if self.max_length is None:
+            return
+        length = shape.longest(self.curriculum, self.processor.num_image_token)
+        if length > self.max_length:
+            raise ValueError(
+                f"Record {record['id']!r}: `question`, `steps` and `answer` are {length} tokens, more than "
+                f"`max_length` {self.max_length}. Raise it, lower `max_patches`, or shorten the record; nothing is "
+                "truncated."
+            )
 
 
 def _tokenize(
     records: Sequence[Mapping[str, Any]], processor: MultiCoCoProcessor
-) -> Iterator[tuple[Mapping[str, Any], tuple[list, list, list], list[list[int]]]]:
+) -> Iterator[tuple[tuple[list, list, list], list[list[int]]]]:
     """
-    Each record with the token ids of its pieces (question, rationales, answer), and with those of the same text
-    tokenized in one go, for each of the rationales.
+    For each record the token ids of its pieces (question, rationales, answer), and those of the same text tokenized
+    in one go, for each of the rationales.
     """
-    conversations = [[{"role": "user", "content": question_text(record)}] for record in records]
+    conversations = [turns(record) for record in records]
     prompts = processor.apply_chat_template(conversations, add_generation_prompt=True, num_thoughts=None)
     questions, rationales, answers, wholes = [], [], [], []
     for prompt, record in zip(prompts, records, strict=True):
@@ -48,27 +143,33 @@ def _tokenize(
         wholes += ["".join([questions[-1], *steps, answers[-1]]) for steps in rationales[-1]]
 
     def encode(texts):
-        return iter(processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        if not texts:
+            return iter(())
+        return iter(processor.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
 
     whole_ids = encode(wholes)
     step_ids = encode([step for alternatives in rationales for steps in alternatives for step in steps])
-    for record, question, alternatives, answer in zip(
-        records, encode(questions), rationales, encode(answers), strict=True
-    ):
+    for question, alternatives, answer in zip(encode(questions), rationales, encode(answers), strict=True):
         pieces = question, [[next(step_ids) for _ in steps] for steps in alternatives], answer
-        yield record, pieces, [next(whole_ids) for _ in alternatives]
+        yield pieces, [next(whole_ids) for _ in alternatives]
 
 
-def _count_tiles(record: Mapping[str, Any], processor: MultiCoCoProcessor) -> list[int]:
-    """Tiles of each image of a record; of a file only the header is read."""
+def _count_tiles(
+    record: Mapping[str, Any], processor: MultiCoCoProcessor, sizes: dict[str, tuple[int, int]]
+) -> list[int]:
+    """Tiles of each image of a record, of which only the header is read; `sizes` are those of files known by now."""
     counts = []
     for index, image in enumerate(record["images"]):
         try:
-            if isinstance(image, str):
-                with Image.open(image) as file:
-                    width, height = file.size
+            if isinstance(image, DatasetImage):
+                width, height = image.size()
+            elif not isinstance(image, str):
+                width, height = open_image(image, 0, index).size
+            elif image in sizes:
+                width, height = sizes[image]
             else:
-                width, height = open_image(_loaded(image), 0, index).size
+                with Image.open(image) as file:
+                    width, height = sizes[image] = file.size
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             name = image if isinstance(image, str) else f"number {index}"
             raise ValueError(
@@ -78,17 +179,37 @@ def _count_tiles(record: Mapping[str, Any], processor: MultiCoCoProcessor) -> li
     return counts
 
 
-def _loaded(image: Any) -> Any:
-    return image.open() if isinstance(image, DatasetImage) else image
+def _has_other_files(table: HubDataset) -> bool:
+    """Whether a picture is no longer as large as when its tiles were counted, or is gone."""
+    columns = table.data.column("paths").chunks, table.data.column("bytes").chunks
+    for paths, sizes in zip(*columns, strict=True):
+        for path, size in dict(zip(paths.flatten().to_pylist(), sizes.flatten().to_pylist(), strict=True)).items():
+            if not os.path.isfile(path) or os.path.getsize(path) != size:
+                return True
+    return False
 
 
-def _check_pieces(row: TokenizedRecord, wholes: list[list[int]]) -> None:
-    pieces = [[*row.question, *(t for step in steps for t in step), *row.answer] for steps in row.rationales]
-    if pieces != wholes:
-        raise ValueError(
-            f"Record {row.record['id']!r}: `steps` and `answer` tokenize differently in pieces and as a whole, so "
-            "the model would be trained on other tokens than it writes. Strip unusual characters at their ends."
-        )
+class _Mixture:
+    """
+    Which record a sample is made of. An epoch goes `weight` times through each set: whole times in order, and for the
+    rest on through the set in an order that is drawn anew each time all of it has been used.
+    """
+
+    def __init__(self, sets: Sequence[tuple[np.ndarray, float]], seed: int):
+        self.sets, self.seed = [(indices, weight) for indices, weight in sets if len(indices)], seed
+        self._ends = np.cumsum([max(1, round(weight * len(indices))) for indices, weight in self.sets])
+        self.num_samples = int(self._ends[-1])
+
+    def record(self, sample: int, epoch: int) -> int:
+        """The index of the record of this sample in this epoch."""
+        number = int(np.searchsorted(self._ends, sample, side="right"))
+        start, end = (int(self._ends[number - 1]) if number else 0), int(self._ends[number])
+        indices, place, length = self.sets[number][0], sample - start, len(self.sets[number][0])
+        rest = (end - start) % length
+        if place >= end - start - rest:
+            times, place = divmod(epoch * rest + place - (end - start - rest), length)
+            place = int(draw_order(length, (self.seed, number, times))[place])
+        return int(indices[place % length])
 
 
 # --- tokens -> samples -------------------------------------------------------------------------------------------
@@ -98,30 +219,37 @@ class StageDataset(torch.utils.data.Dataset):
     """
     Tokenized records, composed at the stage that [`~StageDataset.set_stage`] says.
 
-    Everything is tokenized and checked once, when the object is made. Stage and epoch lie in shared memory, so that
-    data loader workers see a change whether they persist or not. The length is the same at every stage.
+    Everything is tokenized and checked once, when the object is made; records from files only where no process has
+    done so before, see [`~sources.make_table`]. Stage and epoch lie in shared memory, so that data loader workers see
+    a change whether they persist or not. The length is the same at every stage.
 
     Args:
-        records (`list[dict]`): From [`load_records`].
+        records: From [`load_records`]; or what it reads, which it then does with its defaults.
         processor ([`MultiCoCoProcessor`]): Gives the prompt, the tokens and the number of tiles.
         curriculum ([`CurriculumArguments`]): The rules.
         seed (`int`, defaults to 42): Seed of the mixing, and of the choice among alternative rationales.
         max_length (`int`, *optional*): Longest sequence allowed, at any stage.
         skip_bad_records (`bool`, defaults to `False`): List and leave out records with a defect.
+        num_proc (`int`, *optional*): Processes that tokenize. By default one for every 5,000 records, at most one a
+            core.
+        overwrite_cache (`bool`, defaults to `False`): Tokenize again what was tokenized before.
 
     Raises:
-        ValueError: a record is too long, an image cannot be read, or pieces tokenize differently from the whole.
+        ValueError: a record has a defect, is too long, an image cannot be read, or pieces tokenize differently from
+            the whole.
     """
 
     def __init__(
         self,
-        records: Sequence[Mapping[str, Any]],
+        records: Any,
         processor: MultiCoCoProcessor,
         curriculum: CurriculumArguments,
         *,
         seed: int = 42,
         max_length: int | None = None,
         skip_bad_records: bool = False,
+        num_proc: int | None = None,
+        overwrite_cache: bool = False,
     ):
         self.curriculum, self.seed = curriculum, seed
         self.num_image_token = processor.num_image_token
@@ -130,35 +258,30 @@ class StageDataset(torch.utils.data.Dataset):
         start, latent, end = tokenizer(thought_block(1), add_special_tokens=False)["input_ids"]
         self.block_ids = start, latent, end
         self._clock = torch.zeros(2, dtype=torch.long).share_memory_()  # stage, epoch
-        self.tokenized, defects = [], []
-        for record, pieces, wholes in _tokenize(records, processor):
-            try:
-                row = TokenizedRecord(record, *pieces, _count_tiles(record, processor))
-                _check_pieces(row, wholes)
-                if max_length is not None:
-                    self._check_length(row, max_length)
-                self.tokenized.append(row)
-            except ValueError as error:
-                if not skip_bad_records:
-                    raise
-                defects.append(error)
-        list_defects(defects)
-        if not self.tokenized:
-            raise ValueError("No usable record is left. Check `records`, and the list of defects, if any.")
-        self.records = [row.record for row in self.tokenized]
-
-    def _check_length(self, row: TokenizedRecord, max_length: int) -> None:
-        length = max(
-            len(self._compose(row, steps, stage)[0])
-            for steps in row.rationales
-            for stage in range(self.curriculum.last_stage + 1)
+        how: dict[str, Any] = {
+            "skip_bad_records": skip_bad_records,
+            "num_proc": num_proc,
+            "overwrite_cache": overwrite_cache,
+        }
+        if not isinstance(records, Records):
+            records = load_records(records, needs_steps=curriculum.needs_steps, **how)
+        limits = None if max_length is None else (max_length, vars(curriculum))
+        known = records.fingerprint and fingerprint_of(records.fingerprint, processor.fingerprint_parts(), limits)
+        self._table = make_table(
+            _CheckRecords(records, processor, curriculum, max_length),
+            len(records),
+            _TOKENS_SCHEMA,
+            fingerprint=known,
+            is_stale=_has_other_files,
+            desc="Tokenizing",
+            **how,
         )
-        if length > max_length:
-            raise ValueError(
-                f"Record {row.record['id']!r}: `question`, `steps` and `answer` are {length} tokens, more than "
-                f"`max_length` {max_length}. Raise it, lower `max_patches`, or shorten the record; nothing is "
-                "truncated."
-            )
+        self._places, defects = split_defects(self._table)
+        list_defects(defects)
+        if not len(self._places):
+            raise ValueError("No usable record is left. Check `records`, and the list of defects, if any.")
+        self.records = records.select(self._places)
+        self._mixture = _Mixture(self.records.by_set(), seed)
 
     @property
     def stage(self) -> int:
@@ -175,49 +298,96 @@ class StageDataset(torch.utils.data.Dataset):
         self._clock[0], self._clock[1] = stage, epoch
 
     def __len__(self) -> int:
-        return len(self.tokenized)
+        return self._mixture.num_samples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.tokenized[index]
+        row = self.tokenized(index)
         if not row.answer:
             raise ValueError(
-                f"Record {row.record['id']!r}: `answer` is missing, so it can be asked but not trained on. Add the "
-                "answer, or leave the record out."
+                f"Record {row.id!r}: `answer` is missing, so it can be asked but not trained on. Add the answer, or "
+                "leave the record out."
             )
+        number, num_thoughts, num_gone = self._draw(index, [len(steps) for steps in row.rationales])
+        return self._sample(row, num_thoughts, row.rationales[number][num_gone:], row.answer)
+
+    def length(self, index: int) -> int:
+        """Tokens of a sample, without reading them."""
+        shape = self.shape(index)
+        number, num_thoughts, num_gone = self._draw(index, [len(steps) for steps in shape.rationales])
+        block = 0 if num_thoughts is None else num_thoughts + 2
+        return shape.prompt(self.num_image_token) + block + sum(shape.rationales[number][num_gone:]) + shape.answer
+
+    def _draw(self, index: int, num_steps: list[int]) -> tuple[int, int | None, int]:
+        """Of a sample now: which of its rationales, the number of thoughts, and how many of the steps are gone."""
         stage, epoch = self._clock.tolist()
         key = (self.seed, epoch, index)
-        steps = row.rationales[draw_rationale(len(row.rationales), key)]
-        input_ids, labels = self._compose(row, steps, draw_stage(self.curriculum, stage, len(steps), key))
-        return {"input_ids": input_ids, "labels": labels, **self._images_of(row)}
-
-    def _compose(self, row: TokenizedRecord, steps: list[list[int]], stage: int) -> tuple[list[int], list[int]]:
-        num_thoughts, num_gone = self.curriculum.counts(len(steps), stage)
-        asked = num_thoughts if self.curriculum.has_block else None
-        return compose(self._whole_question(row), steps[num_gone:], row.answer, asked, self.block_ids)
+        number = draw_rationale(len(num_steps), key)
+        drawn = draw_stage(self.curriculum, stage, num_steps[number], key)
+        num_thoughts, num_gone = self.curriculum.counts(num_steps[number], drawn)
+        return number, num_thoughts if self.curriculum.has_block else None, num_gone
 
     def num_thoughts(self, index: int, stage: int) -> int | None:
         """
         The thoughts that a record was trained with at `stage`; `None` without a block. If its alternative rationales
         were trained with different numbers, the most.
         """
-        num_steps = max(map(len, self.tokenized[index].rationales))
+        num_steps = max(map(len, self.shape(index).rationales))
         return self.curriculum.counts(num_steps, stage)[0] if self.curriculum.has_block else None
 
     def prompt(self, index: int, num_thoughts: int | None) -> dict[str, Any]:
         """A record as it is asked: with this many thoughts and nothing after them; `None` is no block."""
-        row = self.tokenized[index]
-        input_ids, _ = compose(self._whole_question(row), [], [], num_thoughts, self.block_ids)
-        return {"input_ids": input_ids, **self._images_of(row)}
+        sample = self._sample(self.tokenized(index), num_thoughts, [], [])
+        del sample["labels"]
+        return sample
 
     def answered(self, index: int, num_thoughts: int | None) -> dict[str, Any]:
         """A record as [`~StageDataset.prompt`] asks it, with its answer at once, whose tokens are the labels."""
-        row = self.tokenized[index]
-        input_ids, labels = compose(self._whole_question(row), [], row.answer, num_thoughts, self.block_ids)
-        return {"input_ids": input_ids, "labels": labels, **self._images_of(row)}
+        row = self.tokenized(index)
+        return self._sample(row, num_thoughts, [], row.answer)
 
     def max_new_tokens(self) -> int:
         """Tokens of the longest written steps and answer."""
-        return max(sum(map(len, steps)) + len(row.answer) for row in self.tokenized for steps in row.rationales)
+        shapes = (self._shape(record) for record in range(len(self.records)))
+        return max(sum(steps) + shape.answer for shape in shapes for steps in shape.rationales)
+
+    def record_of(self, index: int) -> int:
+        """The index in `records` of the record that this sample is made of, in this epoch."""
+        return self._mixture.record(index, self.epoch)
+
+    def tokenized(self, index: int) -> TokenizedRecord:
+        """The token ids of this sample's record."""
+        record = self.record_of(index)
+        row = self._table[int(self._places[record])]  # a `pyarrow.Table` of one row
+        ids = iter(row["ids"].chunk(0).flatten().to_numpy().tolist())
+        (question, answer), *rationales = row["lengths"][0].as_py()
+
+        def piece(length: int) -> list[int]:
+            return list(islice(ids, length))
+
+        return TokenizedRecord(
+            id=json.loads(row["id"][0].as_py()),
+            question=piece(question),
+            rationales=[[piece(length) for length in steps] for steps in rationales],
+            answer=piece(answer),
+            num_patches_list=row["num_patches_list"][0].as_py(),
+            images=self.records.images_of(record),
+        )
+
+    def shape(self, index: int) -> RecordShape:
+        """The lengths of this sample's record, without reading its tokens."""
+        return self._shape(self.record_of(index))
+
+    def _shape(self, record: int) -> RecordShape:
+        row = self._table[int(self._places[record])]
+        (question, answer), *rationales = row["lengths"][0].as_py()
+        return RecordShape(question, rationales, answer, row["num_patches_list"][0].as_py())
+
+    def _sample(
+        self, row: TokenizedRecord, num_thoughts: int | None, steps: list[list[int]], answer: list[int]
+    ) -> dict[str, Any]:
+        input_ids, labels = compose(self._whole_question(row), steps, answer, num_thoughts, self.block_ids)
+        images = {"images": row.images, "num_patches_list": row.num_patches_list}
+        return {"id": row.id, "input_ids": input_ids, "labels": labels, **images}
 
     def _whole_question(self, row: TokenizedRecord) -> list[int]:
         """The prompt with its image runs, from one visual token per image to all of them."""
@@ -227,11 +397,12 @@ class StageDataset(torch.utils.data.Dataset):
             tokens += [token] * (self.num_image_token * next(runs) if token == self.image_token_id else 1)
         return tokens
 
-    def _images_of(self, row: TokenizedRecord) -> dict[str, Any]:
-        return {"images": row.record["images"], "num_patches_list": row.num_patches_list}
-
 
 # --- samples -> batches ------------------------------------------------------------------------------------------
+
+
+def _loaded(image: Any) -> Any:
+    return image.open() if isinstance(image, DatasetImage) else image
 
 
 class ReasoningCollator:

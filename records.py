@@ -1,35 +1,45 @@
-"""From files and data sets to checked records. Knows files and texts, no tokens and no model.
+"""From files and data sets to checked records. Knows files and texts, no tokens and no model. Read it downwards:
 
-A source gives rows; the table `_CHECKS` makes a record of each, or says what is wrong with it.
+source -> sets of rows -> the table `_CHECKS` makes a record of each row, or says what is wrong with it -> [`Records`]
+
+What comes from files is checked once and kept in Arrow files, which all processes of a machine read: [`make_table`].
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset as HubDataset
-from datasets import DatasetDict, load_dataset
 from datasets import Image as ImageFeature
-from datasets.exceptions import DatasetsError
 from PIL import Image
-from transformers.utils import logging
 
 from .configuration_multicoco import IMAGE_PLACEHOLDER, TURN_END_TOKEN, TURN_START_TOKEN
+from .curriculum import ANSWER_MARK
 from .processing_multicoco import RESERVED_TOKENS
-
-
-logger = logging.get_logger(__name__)
+from .sources import BATCH, Lines, Source, find_sources, fingerprint_of, list_defects, make_table, split_defects
 
 
 CHAT_TOKENS = (TURN_START_TOKEN, TURN_END_TOKEN)  # in a record's text they would end or open a turn
-FIELDS = ("id", "images", "question", "choices", "steps", "rationales", "answer", "answers", "extra")
+FIELDS = ("id", "images", "history", "question", "choices", "steps", "rationales", "answer", "answers", "extra")
+STEPS_FROM = {
+    "none": "answers are taken as they are",
+    "think": "the lines between <think> and </think> are steps, what follows is the answer",
+    "lines": "all lines but the last are steps",
+}
+TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that swap width and height
 
 
 def load_records(
-    source: str | os.PathLike | Sequence[Mapping[str, Any]] | HubDataset | DatasetDict,
+    source: Any,
     *,
     columns: Mapping[str, str] | None = None,
     split: str = "train",
@@ -37,17 +47,28 @@ def load_records(
     allow_outside: bool = False,
     skip_bad_records: bool = False,
     needs_answer: bool = True,
-) -> list[dict[str, Any]]:
+    steps_from: str = "none",
+    image_folder: str | os.PathLike | None = None,
+    weights: Sequence[float] | None = None,
+    num_proc: int | None = None,
+    overwrite_cache: bool = False,
+) -> "Records":
     """
-    Reads and checks records `{"id", "images", "question", "choices", "steps", "answer", "answers", "extra"}`.
+    Reads and checks records `{"id", "images", "history", "question", "choices", "steps", "answer", "answers",
+    "extra"}`.
 
     Several people's explanations of one answer are alternatives, not more steps: `"rationales"`, a list of lists of
     steps, takes the place of `"steps"`, and [`StageDataset`] draws one per sample and epoch; `"steps"` is then the
-    first of them. `"extra"` is an object of anything else that a metric or a table needs; it is passed on as it is.
+    first of them. `"history"` is the list of earlier turns, `[question, answer]` each, as of InternVL's `chat`.
+    `"extra"` is an object of anything else that a metric or a table needs; it is passed on as it is.
+
+    A row may have InternVL's `"conversations"` instead: each answer in it becomes a record, with the turns before it.
 
     Args:
-        source: A `.jsonl` or `.json` file, a folder or Hub name that `datasets.load_dataset` reads, a data set, or a
-            list of records. Images of a file are paths relative to it; those of a data set are read when needed.
+        source: A `.jsonl`, `.json` or `.parquet` file, several of one set by a glob (`"data/*.jsonl"`), a folder or
+            Hub name that `datasets.load_dataset` reads, InternVL's own `.json` of several sets, a data set, or
+            records: a list or generator of dictionaries. Or a list of files, folders and names, each a set: the ids
+            are then `"set:id"`. Images of a file are paths relative to it; those of a data set are read when needed.
         columns (`Mapping[str, str]`, *optional*): Names of the fields in the source, as `{"steps": "rationale"}`.
         split (`str`, defaults to `"train"`): Split of a folder or Hub data set.
         needs_steps (`bool`, defaults to `True`): Whether a record without written steps is a defect.
@@ -55,101 +76,86 @@ def load_records(
         skip_bad_records (`bool`, defaults to `False`): List and leave out records with a defect.
         needs_answer (`bool`, defaults to `True`): Whether a record without an answer is a defect. Without one it has
             `None` there, and can be asked but not trained on.
+        steps_from (`str`, defaults to `"none"`): What of an answer in `"conversations"` are steps, see `STEPS_FROM`.
+        image_folder (`str`, *optional*): What image paths are relative to, in place of the folder of the file.
+        weights (`Sequence[float]`, *optional*): How often an epoch of [`StageDataset`] goes through each set; 1 if
+            not given.
+        num_proc (`int`, *optional*): Processes that check. By default one for every 5,000 rows, at most one a core.
+        overwrite_cache (`bool`, defaults to `False`): Check again what was checked before.
 
     Raises:
         ValueError: at the first defect: the id of the record, the field, what came and how to mend it.
     """
     columns = dict(columns or {})
-    if unknown := [name for name in columns if name not in FIELDS]:
+    if unknown := [name for name in columns if name not in (*FIELDS, "conversations")]:
         raise ValueError(f"`columns` maps {unknown}, which are no fields of a record. The fields are {FIELDS}.")
-    folder, name = None, f"a {type(source).__name__}"
-    rows: Any = source
-    if isinstance(source, (str, os.PathLike)):
-        name = f"`{source}`"
-        if Path(source).suffix in (".json", ".jsonl"):
-            rows, folder = _read_json(Path(source)), Path(source).parent.resolve()
-        else:
-            rows = _load_dataset(str(source), split)
-    if isinstance(rows, DatasetDict):
-        if split not in rows:
-            raise ValueError(
-                f"The data set has the splits {list(rows)}, not {split!r}. Choose one of them by `split`."
-            )
-        rows = rows[split]
-    if isinstance(rows, HubDataset):
-        rows = _read_dataset(rows, columns)
-    wanted = _Wanted(folder, allow_outside, needs_steps, needs_answer)
-    records, defects, seen = [], [], set()
-    for number, row in enumerate(rows):
+    if steps_from not in STEPS_FROM:
+        raise ValueError(f"`steps_from` must be one of {', '.join(STEPS_FROM)}, got {steps_from!r}.")
+    sources = find_sources(source, split, image_folder)
+    _weigh(sources, weights)
+    sets: list[RecordSet] = []
+    kept, defects = [], []
+    for found in sources:
+        wanted = _Wanted(found.folder, allow_outside, needs_steps, needs_answer, steps_from)
+        where = f"{found.name}: " if len(sources) > 1 else ""
         try:
-            record = _check_record(row, number, columns, wanted)
-            if record["id"] in seen:
-                raise ValueError(f"Record {record['id']!r}: `id` stands twice. Give every record its own.")
+            one, good, bad = _check_set(found, columns, wanted, skip_bad_records, num_proc, overwrite_cache)
         except ValueError as error:
-            if not skip_bad_records:
+            if not where:
                 raise
-            defects.append(error)
-            continue
-        seen.add(record["id"])
-        records.append(record)
+            raise ValueError(f"{where}{error}") from error
+        one.prefix = f"{found.name}:" if where else ""
+        kept.append(good + sum(len(each.rows) for each in sets))
+        sets.append(one)
+        defects += [where + defect for defect in bad]
     list_defects(defects)
-    if not records:
-        raise ValueError(f"{name} has no usable record. Check the path, the split and the list of defects, if any.")
+    records = Records(sets, np.concatenate(kept))
+    if not len(records):
+        names = ", ".join(f"`{found.name}`" for found in sources)
+        raise ValueError(f"{names} has no usable record. Check the path, the split and the list of defects, if any.")
     return records
 
 
-def list_defects(defects: Sequence[ValueError]) -> None:
-    """Warns of the records that were left out, each with its reason."""
-    if defects:
-        logger.warning(f"{len(defects)} records were left out:\n  " + "\n  ".join(map(str, defects)))
+def _weigh(sources: Sequence[Source], weights: Sequence[float] | None) -> None:
+    if weights is not None and len(weights) != len(sources):
+        raise ValueError(f"`weights` has {len(weights)} numbers for {len(sources)} sets. Give one for each.")
+    for found, weight in zip(sources, weights or [found.weight for found in sources], strict=True):
+        found.weight = weight
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"`weights`: that of {found.name} is {weight}, expected a number above 0. Correct it.")
 
 
 def question_text(record: Mapping[str, Any]) -> str:
-    """The user's turn of a record: its images first if the question does not place them, then its choices if any."""
-    question = record["question"]
-    if IMAGE_PLACEHOLDER not in question:
-        question = f"{IMAGE_PLACEHOLDER}\n" * len(record["images"]) + question
+    """
+    The user's turn of a record: its images first if the question does not place them, then its choices if any.
+
+    Raises:
+        ValueError: the record has earlier turns, which [`turns`] gives.
+    """
+    if record.get("history"):
+        raise ValueError(f"Record {record['id']!r}: has `history`, earlier turns. Take all of them, `turns(record)`.")
+    return turns(record)[0]["content"]
+
+
+def turns(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """
+    A record as messages of a chat template, up to the question that is to be answered. Images come first if no
+    question places them. Earlier answers stand there as the model writes them without steps.
+    """
+    history, question = record.get("history") or [], record["question"]
     if record["choices"]:
         question += "\nChoices: " + ", ".join(record["choices"])
-    return question
+    messages = []
+    for asked, answer in history:
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": ANSWER_MARK + answer})
+    messages.append({"role": "user", "content": question})
+    if not any(IMAGE_PLACEHOLDER in message["content"] for message in messages):
+        messages[0]["content"] = f"{IMAGE_PLACEHOLDER}\n" * len(record["images"]) + messages[0]["content"]
+    return messages
 
 
-def _read_json(path: Path) -> list:
-    """Rows of a file; in place of a line that is not JSON its error, so that it can be skipped as any bad record."""
-    if not path.is_file():
-        raise ValueError(f"`{path}` does not exist, expected a .json or .jsonl file of records. Check the path.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`{path}` is not UTF-8 text ({error}). Save it as UTF-8.") from error
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`{path}` is not valid JSON ({error}). Mend it, or name it .jsonl.") from error
-        if not isinstance(rows, list):
-            raise ValueError(
-                f"`{path}` holds a {type(rows).__name__}, expected a list of records. Put [ and ] around them."
-            )
-        return rows
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # `splitlines` would also cut at U+2028 in a string
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                rows.append(ValueError(f"`{path}`, line {number}: not valid JSON ({error}). Write one record a line."))
-    return rows
-
-
-def _load_dataset(source: str, split: str) -> HubDataset:
-    try:
-        return load_dataset(source, split=split)
-    except (OSError, ValueError, DatasetsError) as error:  # not found, no connection, no such split, broken files
-        raise ValueError(
-            f"`{source}`, split {split!r}: cannot be read as records: {error}. Give a .json or .jsonl file, a folder "
-            "of images with a metadata.jsonl, or the name of a data set."
-        ) from error
+# --- checked records ---------------------------------------------------------------------------------------------
 
 
 class DatasetImage:
@@ -163,25 +169,128 @@ class DatasetImage:
         value = self.dataset[self.row][self.column]
         return value if self.index is None else value[self.index]
 
+    def size(self) -> tuple[int, int]:
+        """
+        Width and height of what [`~DatasetImage.open`] gives, of which only the header is read.
 
-def _read_dataset(dataset: HubDataset, columns: Mapping[str, str]) -> Iterable[dict]:
-    """Rows without decoded images: an image column gives [`DatasetImage`]s, any other is passed on as it is."""
-    if missing := [name for name in columns.values() if name not in dataset.column_names]:
-        raise ValueError(f"`columns` names {missing}, but the data set has {dataset.column_names}. Correct the names.")
-    dataset = dataset.with_format(None)
-    column = columns.get("images", "images" if "images" in dataset.column_names else "image")
-    feature = dataset.features.get(column)
-    is_list = not isinstance(feature, ImageFeature)
-    if not isinstance(getattr(feature, "feature", None) if is_list else feature, ImageFeature):
-        yield from dataset
-        return
-    images = dataset.select_columns([column])
-    undecoded = images.with_format("arrow")
-    texts = dataset.remove_columns([column]) if len(dataset.column_names) > 1 else [{}] * len(dataset)
-    for number, row in enumerate(texts):
-        cell = undecoded[number][column][0]
-        indices = [] if not cell.is_valid else range(len(cell)) if is_list else [None]
-        yield {**row, column: [DatasetImage(images, number, column, index) for index in indices]}
+        Raises:
+            OSError: it is none, or cannot be read.
+        """
+        cell = self.dataset.with_format("arrow")[self.row][self.column][0]
+        value = (cell if self.index is None else cell[self.index]).as_py()
+        if value["bytes"] is None and not os.path.isfile(value["path"] or ""):
+            return self.open().size  # somewhere that only `datasets` reads
+        with Image.open(value["path"] if value["bytes"] is None else BytesIO(value["bytes"])) as image:
+            width, height = image.size
+            return (height, width) if image.getexif().get(0x0112) in TURNED else (width, height)
+
+
+@dataclass
+class RecordSet:
+    """
+    Records that belong together: checked dictionaries, or a table that [`load_records`] has made.
+
+    Args:
+        rows (`list[dict]` or `datasets.Dataset`): The records.
+        name (`str`, *optional*): What they are called in messages.
+        images (`datasets.Dataset`, *optional*): Where the pictures of a data set are read.
+        weight (`float`, defaults to 1): How often an epoch goes through them.
+        prefix (`str`, *optional*): Stands before each id.
+        fingerprint (`str`, *optional*): The same for the same content; what comes from Python has none.
+    """
+
+    rows: Any
+    name: str = "records"
+    images: HubDataset | None = None
+    weight: float = 1.0
+    prefix: str = ""
+    fingerprint: str | None = None
+
+    def record(self, index: int) -> dict[str, Any]:
+        """The checked record at this place."""
+        if isinstance(self.rows, list):
+            record = self.rows[index]
+        else:
+            row = self.rows[index]  # a `pyarrow.Table` of one row, whose texts are read only when they are asked for
+            record = json.loads(row["record"][0].as_py()) | {"images": self._images_of(row)}
+        return {**record, "id": f"{self.prefix}{record['id']}"} if self.prefix else record
+
+    def images_of(self, index: int) -> list[Any]:
+        """Its images, without reading its texts."""
+        return self.rows[index]["images"] if isinstance(self.rows, list) else self._images_of(self.rows[index])
+
+    def _images_of(self, row: pa.Table) -> list[Any]:
+        paths = row["paths"][0].as_py()
+        if self.images is None or (paths and paths[0] is not None):
+            return paths
+        column = self.images.column_names[0]
+        is_list = not isinstance(self.images.features[column], ImageFeature)
+        number = row["row"][0].as_py()
+        return [DatasetImage(self.images, number, column, index if is_list else None) for index in range(len(paths))]
+
+
+class Records(Sequence):
+    """
+    Checked records, each made when it is asked for; a slice is [`Records`] again.
+
+    Args:
+        sets (`Sequence[RecordSet]`): What they are taken from.
+        order (`np.ndarray` of shape `(number of records,)`, *optional*): Their places in the sets, one behind the
+            other; all, in order, if not given.
+    """
+
+    def __init__(self, sets: Sequence[RecordSet], order: np.ndarray | None = None):
+        self.sets = list(sets)
+        self._starts = np.cumsum([0, *(len(one.rows) for one in self.sets)])
+        self._order = np.arange(self._starts[-1]) if order is None else order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Records": ...
+
+    def __getitem__(self, index: int | slice) -> "dict[str, Any] | Records":
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        one, place = self._find(index)
+        return one.record(place)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def images_of(self, index: int) -> list[Any]:
+        """The images of a record, without reading its texts."""
+        one, place = self._find(index)
+        return one.images_of(place)
+
+    def select(self, indices: np.ndarray) -> "Records":
+        """The records with these indices, in this order."""
+        return Records(self.sets, self._order[indices])
+
+    def by_set(self) -> list[tuple[np.ndarray, float]]:
+        """For each set the indices of its records, and its weight."""
+        owners = np.searchsorted(self._starts, self._order, side="right") - 1
+        return [(np.flatnonzero(owners == number), one.weight) for number, one in enumerate(self.sets)]
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The same for the same records; `None` for what comes from Python."""
+        parts = [(one.fingerprint, one.prefix) for one in self.sets]
+        if not all(known for known, _ in parts):
+            return None
+        return fingerprint_of(parts, hashlib.sha256(self._order.tobytes()).hexdigest())
+
+    def _find(self, index: int) -> tuple[RecordSet, int]:
+        place = int(self._order[index])
+        number = int(np.searchsorted(self._starts, place, side="right")) - 1
+        return self.sets[number], place - int(self._starts[number])
+
+
+# --- rows -> a table of records ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -192,9 +301,162 @@ class _Wanted:
     allow_outside: bool
     needs_steps: bool
     needs_answer: bool
+    steps_from: str = "none"
 
 
-def _check_record(row: Any, number: int, columns: Mapping[str, str], wanted: _Wanted) -> dict[str, Any]:
+_RECORD_SCHEMA = pa.schema(
+    {
+        "row": pa.int64(),  # of the source
+        "id": pa.string(),  # JSON, as the record
+        "record": pa.string(),  # all but its images
+        "paths": pa.list_(pa.string()),  # one for each image; null for one that only the source has
+        "defect": pa.string(),
+    }
+)
+
+
+@dataclass
+class _CheckRows:
+    """Rows of the table of a set, or the defects that they have."""
+
+    rows: Lines | HubDataset  # of a data set without its images
+    images: tuple[str, np.ndarray] | None  # the name of the column of images, and how many each row has
+    columns: Mapping[str, str]
+    wanted: _Wanted
+
+    def __call__(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        for number, row in zip(numbers, self._read(numbers), strict=True):
+            try:
+                for record in list(_check_row(row, number, self.columns, self.wanted)):  # all of them, or none
+                    images = record.pop("images")
+                    yield {
+                        "row": number,
+                        "id": json.dumps(record["id"]),
+                        "record": _to_json(record),
+                        "paths": [image if isinstance(image, str) else None for image in images],
+                    }
+            except ValueError as error:
+                yield {"row": number, "defect": str(error)}
+
+    def _read(self, numbers: Sequence[int]) -> Iterable[Any]:
+        if isinstance(self.rows, Lines):
+            return self.rows.read(numbers)
+        texts: list[dict] = [{} for _ in numbers]
+        if self.rows.column_names:
+            values = self.rows[list(numbers) if len(numbers) == 1 else range(numbers[0], numbers[-1] + 1)]
+            texts = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+        if self.images is not None:
+            column, counts = self.images
+            for row, count in zip(texts, counts[list(numbers)].tolist(), strict=True):
+                row[column] = [DatasetImage(self.rows, 0, column, None)] * count  # counted, not read
+        return texts
+
+
+def _to_json(record: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(record)
+    except TypeError as error:
+        raise ValueError(
+            f"Record {record['id']!r}: `extra` {error}, expected what JSON can hold. Turn it into text or numbers."
+        ) from error
+
+
+def _check_set(
+    source: Source,
+    columns: Mapping[str, str],
+    wanted: _Wanted,
+    skip_bad_records: bool,
+    num_proc: int | None,
+    overwrite_cache: bool,
+) -> tuple[RecordSet, np.ndarray, list[str]]:
+    """The set, the places of its good records, and the defects of the others."""
+    images = None
+    if isinstance(source.rows, list):
+        return _check_list(source.rows, source, columns, wanted, skip_bad_records)
+    if isinstance(source.rows, HubDataset):
+        check, images = _check_dataset(source.rows, columns, wanted)
+        origin = source.rows._fingerprint
+    else:
+        check, origin = _CheckRows(source.rows, None, columns, wanted), source.rows.digest
+    files = source.rows.files if isinstance(source.rows, Lines) else []
+    fingerprint = fingerprint_of(origin, files, columns, vars(wanted))
+    table = make_table(
+        check,
+        len(source.rows),
+        _RECORD_SCHEMA,
+        fingerprint=fingerprint,
+        num_proc=num_proc,
+        skip_bad_records=skip_bad_records,
+        overwrite_cache=overwrite_cache,
+        desc=f"Checking {source.name}",
+    )
+    good, defects = split_defects(table)
+    ids = table.data.column("id").drop_null()
+    if pc.count_distinct(ids).as_py() < len(ids):
+        doubles, seen = [], set()
+        for place in good.tolist():
+            one = table.data.column("id")[place].as_py()
+            if one in seen:
+                doubles.append(place)
+                defects.append(_stands_twice(json.loads(one)))
+            seen.add(one)
+        if not skip_bad_records:
+            raise ValueError(defects[0])
+        good = np.setdiff1d(good, doubles)
+    return RecordSet(table, source.name, images, source.weight, fingerprint=fingerprint), good, defects
+
+
+def _check_list(
+    rows: list, source: Source, columns: Mapping[str, str], wanted: _Wanted, skip_bad_records: bool
+) -> tuple[RecordSet, np.ndarray, list[str]]:
+    records: list[dict[str, Any]] = []
+    defects, seen = [], set()
+    for number, row in enumerate(rows):
+        try:
+            found = list(_check_row(row, number, columns, wanted))  # all of them, or none
+            for record in found:
+                if record["id"] in seen:
+                    raise ValueError(_stands_twice(record["id"]))
+                seen.add(record["id"])
+            records += found
+        except ValueError as error:
+            if not skip_bad_records:
+                raise
+            defects.append(str(error))
+    return RecordSet(records, source.name, weight=source.weight), np.arange(len(records)), defects
+
+
+def _stands_twice(name: str | int) -> str:
+    return f"Record {name!r}: `id` stands twice. Give every record its own."
+
+
+def _check_dataset(
+    dataset: HubDataset, columns: Mapping[str, str], wanted: _Wanted
+) -> tuple[_CheckRows, HubDataset | None]:
+    """Without its column of images, if it has one: how many each row has is known without reading them."""
+    if missing := [name for name in columns.values() if name not in dataset.column_names]:
+        raise ValueError(f"`columns` names {missing}, but the data set has {dataset.column_names}. Correct the names.")
+    dataset = dataset.with_format(None)
+    column = columns.get("images", "images" if "images" in dataset.column_names else "image")
+    feature = dataset.features.get(column)
+    is_list = not isinstance(feature, ImageFeature)
+    if not isinstance(getattr(feature, "feature", None) if is_list else feature, ImageFeature):
+        return _CheckRows(dataset, None, columns, wanted), None
+    images = dataset.select_columns([column])
+    counts = [np.zeros(0, dtype=np.int64)]
+    for batch in images.with_format("arrow").iter(batch_size=BATCH):  # by batches: a selection copies what it gives
+        cells = batch[column]
+        lengths = pc.fill_null(pc.list_value_length(cells), 0) if is_list else pc.cast(pc.is_valid(cells), pa.int64())
+        counts.append(lengths.to_numpy())
+    check = _CheckRows(dataset.remove_columns([column]), (column, np.concatenate(counts)), columns, wanted)
+    return check, images
+
+
+# --- a row -> its records ----------------------------------------------------------------------------------------
+
+
+def _check_row(row: Any, number: int, columns: Mapping[str, str], wanted: _Wanted) -> Iterator[dict[str, Any]]:
+    """The record of a row, or those of the turns of a conversation."""
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, Mapping):
@@ -206,10 +468,78 @@ def _check_record(row: Any, number: int, columns: Mapping[str, str], wanted: _Wa
         raise ValueError(
             f"Record {number}: `id` is {record['id']!r:.100}, expected a string or an integer. Change it."
         )
+    conversation = row.get(columns.get("conversations", "conversations"))
+    for each in [record] if conversation is None else _records_of(conversation, record, wanted):
+        where = f"Record {each['id']!r}"
+        for name, check in _CHECKS:
+            each[name] = check(each, name, where, wanted)
+        optional = ("rationales", "extra", "history")
+        yield {name: value for name, value in each.items() if name not in optional or value}
+
+
+def _records_of(conversation: Any, record: dict[str, Any], wanted: _Wanted) -> Iterator[dict[str, Any]]:
+    """
+    Of InternVL's `[{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]` a record for each answer.
+    Images are dealt out by the placeholders of the questions; without any they stand before the first.
+    """
     where = f"Record {record['id']!r}"
-    for name, check in _CHECKS:
-        record[name] = check(record, name, where, wanted)
-    return {name: value for name, value in record.items() if name not in ("rationales", "extra") or value}
+    if both := [name for name in ("question", "answer", "steps", "rationales", "history") if record[name] is not None]:
+        raise ValueError(f"{where}: has `conversations` and `{both[0]}`, expected one of them. Leave one out.")
+    if not isinstance(conversation, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in conversation):
+        raise ValueError(f"{where}: `conversations` is {conversation!r:.100}, expected a list of turns. Change it.")
+    speakers = [turn.get("from") for turn in conversation]
+    if not speakers or speakers != (["human", "gpt"] * len(speakers))[: len(speakers)]:
+        raise ValueError(
+            f"{where}: `conversations` has turns from {speakers!r:.100}, expected 'human' and 'gpt' in turn. Leave "
+            "out others; a system message is the configuration's `system_message`."
+        )
+    if len(speakers) % 2 and wanted.needs_answer:
+        raise ValueError(f"{where}: `conversations` ends with a question. Add its answer, or leave the question out.")
+    images = [] if record["images"] is None else record["images"]
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    values = [_text({"value": turn.get("value")}, "value", where, wanted) for turn in conversation]
+    asked = values[::2]
+    counts = [question.count(IMAGE_PLACEHOLDER) for question in asked]
+    if sum(counts) not in (0, len(images)):
+        raise ValueError(
+            f"{where}: `conversations` has {sum(counts)} {IMAGE_PLACEHOLDER} for {len(images)} images. Write one per "
+            "image, or none to put the images first."
+        )
+    counts = counts if sum(counts) else [len(images)] + [0] * len(asked)
+    history: list[list[str]] = []
+    for turn, question in enumerate(asked):
+        answer = values[2 * turn + 1] if 2 * turn + 1 < len(values) else None
+        steps, last = ([], None) if answer is None else _split_answer(answer, where, wanted.steps_from)
+        yield {
+            **record,
+            "id": record["id"] if len(asked) == 1 else f"{record['id']}:{turn + 1}",
+            "images": images[: sum(counts[: turn + 1])],
+            "history": [list(pair) for pair in history],
+            "question": question,
+            "steps": steps,
+            "answer": last,
+        }
+        history.append([question, last or ""])
+
+
+def _split_answer(text: str, where: str, steps_from: str) -> tuple[list[str], str]:
+    """Steps and answer of what `gpt` says, see `STEPS_FROM`."""
+    if steps_from == "think" and ("<think>" in text or "</think>" in text):
+        found = re.fullmatch(r"\s*<think>(.*?)</think>(.*)", text, flags=re.DOTALL)
+        if found is None or "think>" in found[1] + found[2]:
+            raise ValueError(
+                f"{where}: `conversations` has an answer {text!r:.100} that is not <think>, steps, </think>, answer. "
+                "Close the marks, or leave them out."
+            )
+        return _lines(found[1]), found[2]
+    if steps_from == "lines":
+        *steps, text = _lines(text)
+        return steps, text
+    return [], text
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def _text(record: dict, name: str, where: str, wanted: _Wanted) -> str:
@@ -238,7 +568,7 @@ def _rationales(record: dict, name: str, where: str, wanted: _Wanted) -> list[li
             f"{where}: `rationales` is {value!r:.100}, expected a list of alternative lists of steps, each of "
             "non-empty strings. Split each explanation into its steps."
         )
-    if value and record["steps"]:
+    if value and record["steps"] and list(record["steps"]) != list(value[0]):  # of a checked record they are the first
         raise ValueError(
             f"{where}: has both `steps` and `rationales`, expected one. Put the steps among the `rationales` if they "
             "are one more alternative."
@@ -252,20 +582,31 @@ def _extra(record: dict, name: str, where: str, wanted: _Wanted) -> dict:
     return dict(record[name] or {})
 
 
+def _history(record: dict, name: str, where: str, wanted: _Wanted) -> list[list[str]]:
+    value = [] if record[name] is None else record[name]
+    if not isinstance(value, (list, tuple)) or not all(_are_texts(turn) and len(turn) == 2 for turn in value):
+        raise ValueError(
+            f"{where}: `history` is {value!r:.100}, expected a list of earlier turns, [question, answer] of non-empty "
+            "strings. Fill them in."
+        )
+    return [[text.strip() for text in turn] for turn in value]
+
+
 def _first_steps(record: dict, name: str, where: str, wanted: _Wanted) -> list[str]:
     """The first of the alternatives, if there are any."""
     steps = record["rationales"][0] if record["rationales"] else [step.strip() for step in record["steps"]]
     if wanted.needs_steps and not steps:
         raise ValueError(
             f"{where}: `steps` is empty, expected at least one written step to learn from. Write the steps, or train "
-            "with `--mode no_cot`."
+            "with `--mode no_cot`; `--without_steps` says what a record without steps gets among others, "
+            "`--steps_from` where the steps of a conversation are."
         )
     return steps
 
 
 def _unreserved(record: dict, name: str, where: str, wanted: _Wanted) -> Any:
     """The field as it is, without a token that only the program may write; `steps` stands for all alternatives."""
-    tokens = RESERVED_TOKENS + CHAT_TOKENS + (() if name == "question" else (IMAGE_PLACEHOLDER,))
+    tokens = RESERVED_TOKENS + CHAT_TOKENS + (() if name in ("question", "history") else (IMAGE_PLACEHOLDER,))
     for text in _flat(record["rationales"] or record["steps"] if name == "steps" else record[name]):
         for token in tokens:
             if token in text:
@@ -301,7 +642,12 @@ def _image(image: Any, where: str, wanted: _Wanted) -> Any:
 
 
 def _placed(record: dict, name: str, where: str, wanted: _Wanted) -> str:
-    placed, num_images = record[name].count(IMAGE_PLACEHOLDER), len(record["images"])
+    num_images = len(record["images"])
+    if any(IMAGE_PLACEHOLDER in answer for _, answer in record["history"]):
+        raise ValueError(
+            f"{where}: `history` has {IMAGE_PLACEHOLDER} in an answer. Images stand in questions: move it."
+        )
+    placed = sum(text.count(IMAGE_PLACEHOLDER) for text in (*_flat(record["history"]), record[name]))
     if placed not in (0, num_images):
         raise ValueError(
             f"{where}: `question` has {placed} {IMAGE_PLACEHOLDER} for {num_images} `images`. Write one per image, "
@@ -333,11 +679,13 @@ _CHECKS = (
     ("answers", _texts),
     ("rationales", _rationales),
     ("extra", _extra),
+    ("history", _history),
     ("steps", _first_steps),
     ("question", _unreserved),
     ("answer", _unreserved),
     ("steps", _unreserved),
     ("choices", _unreserved),
+    ("history", _unreserved),
     ("images", _images),
     ("question", _placed),
 )

@@ -12,6 +12,7 @@ The file is YAML or JSON with the names of the flags. Everything of transformers
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import set_seed
 
@@ -46,19 +47,20 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
     set_seed(args.seed)
     processor = data_args.load_processor(model_args.model_name_or_path)
 
-    def load(path: str, needs_steps: bool) -> StageDataset:
+    def load(source: str | Sequence[str], **how: Any) -> StageDataset:
         skip = data_args.skip_bad_records
-        records = data_args.read(path, needs_steps=needs_steps, skip_bad_records=skip)
         return StageDataset(
-            records,
+            data_args.read(source, skip_bad_records=skip, **how),
             processor,
             curriculum,
             seed=args.seed,
             max_length=data_args.max_length,
             skip_bad_records=skip,
+            num_proc=data_args.dataset_num_proc,
+            overwrite_cache=data_args.overwrite_cache,
         )
 
-    train_dataset = load(data_args.train_file, needs_steps=curriculum.mode != "no_cot")
+    train_dataset = load(data_args.train_file, needs_steps=curriculum.needs_steps, weights=data_args.train_weights)
     if model_args.estimate_memory:
         if is_main:
             print(f"\n{memory_table(model_args, args, train_dataset, processor)}")

@@ -45,7 +45,7 @@ class Diagnosis:
     ):
         self.subject, self.batch_size, self.seed = subject, batch_size, seed
         self.num_thoughts = subject.numbers_of_thoughts(None if num_thoughts is None else [num_thoughts])[0]
-        self.tiles = [row.num_patches_list for row in subject.dataset.tokenized]
+        self.tiles = [subject.dataset.shape(row).num_patches_list for row in range(len(subject.dataset))]
         self.first, self.second = plan(self.num_thoughts, has_images=any(self.tiles), is_control=is_control)
         self.settings = {**describe(subject, self.num_thoughts), "format": FORMAT, "seed": seed}
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]

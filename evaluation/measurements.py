@@ -62,7 +62,8 @@ def texts_of(subject: Subject, lens: Sequence[Sequence[Sequence[int]]], top: int
 
 def first_tokens(subject: Subject) -> list[list[int]]:
     """For each sample the first token of each written step (of the first rationale, where there are several)."""
-    return [[step[0] for step in row.rationales[0]] for row in subject.dataset.tokenized]
+    rows = map(subject.dataset.tokenized, range(len(subject.dataset)))
+    return [[step[0] for step in row.rationales[0]] for row in rows]
 
 
 def lens_hits(

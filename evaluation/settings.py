@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 from ..compat import flags_of
 from ..curriculum import setting
 from ..processing_multicoco import MultiCoCoProcessor
-from ..records import load_records
+from ..records import STEPS_FROM, Records, load_records
 
 
 T = TypeVar("T")
@@ -97,14 +97,37 @@ class RecordArguments:
         'JSON object from field to column name, as {"steps": "rationale"}.', default=None
     )
     allow_outside: bool = setting("Allow image paths outside the folder of the file.", default=False)
+    image_folder: str | None = setting(
+        "What image paths are relative to; the folder of the file if not given.", default=None
+    )
+    steps_from: str = setting(
+        "What of an answer in InternVL's `conversations` are steps. "
+        + " ".join(f"{name}: {what}." for name, what in STEPS_FROM.items()),
+        default="none",
+        choices=STEPS_FROM,
+    )
+    dataset_num_proc: int | None = setting(
+        "Processes that check and tokenize records; one for every 5,000, at most one a core, if not given.",
+        default=None,
+    )
+    overwrite_cache: bool = setting("Check and tokenize again what was so before.", default=False)
     max_patches: int | None = setting(
         "Tiles per image at most; the checkpoint's own value (12) if not given.", default=None
     )
 
-    def read(self, source: str, **kwargs: Any) -> list[dict[str, Any]]:
+    def read(self, source: str | Sequence[str], **kwargs: Any) -> Records:
         """[`load_records`] with these settings."""
         columns = json.loads(self.column_mapping) if self.column_mapping else None
-        return load_records(source, columns=columns, allow_outside=self.allow_outside, **kwargs)
+        return load_records(
+            source,
+            columns=columns,
+            allow_outside=self.allow_outside,
+            image_folder=self.image_folder,
+            steps_from=self.steps_from,
+            num_proc=self.dataset_num_proc,
+            overwrite_cache=self.overwrite_cache,
+            **kwargs,
+        )
 
     def load_processor(self, name: str) -> MultiCoCoProcessor:
         """The processor of a checkpoint, which cuts images as these settings say."""

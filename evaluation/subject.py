@@ -16,6 +16,7 @@ from ..configuration_multicoco import MultiCoCoConfig
 from ..curriculum import CurriculumArguments, check_settings, final_answer, setting
 from ..data_multicoco import ReasoningCollator, StageDataset
 from ..modeling_multicoco import MultiCoCoForConditionalGeneration
+from ..records import Records, RecordSet, load_records
 from .settings import RecordArguments
 
 
@@ -49,7 +50,7 @@ class AskArguments(RecordArguments):
                 "metrics/answer_accuracy.py:numeric_match. Correct the path, or name the result."
             )
 
-    def read_data(self, *, needs_answer: bool = True) -> list[dict[str, Any]]:
+    def read_data(self, *, needs_answer: bool = True) -> Records:
         """The records of `--data`, with or without written steps."""
         return self.read(self.data, split=self.split, needs_steps=False, needs_answer=needs_answer)
 
@@ -94,14 +95,17 @@ class Subject:
         self.choices_by, self.attn_implementation = choices_by, attn_implementation
         self.model: Any = None  # of several checkpoints only one is loaded at a time
         self.collator = ReasoningCollator(self.processor)
+        if not isinstance(records, Records):
+            records = load_records(records, needs_steps=False, needs_answer=False)
         if choices_by == "likelihood":  # every choice as the answer of a record without steps
             self.choices = [record["choices"] for record in records]
             self.first_rows = [0, *itertools.accumulate(map(len, self.choices))]
-            records = [
+            asked = [
                 {**record, "steps": [], "rationales": [[]], "answer": choice}
                 for record in records
                 for choice in record["choices"]
             ]
+            records = Records([RecordSet(asked)])
         self.dataset = StageDataset(records, self.processor, CurriculumArguments())  # asked by number, not by stage
         self.max_new_tokens = arguments.max_new_tokens or self.dataset.max_new_tokens()
 

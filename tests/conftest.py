@@ -1,11 +1,17 @@
 """Small real things: the golden InternVL checkpoint with thought tokens, in float64, and batches made for it."""
 
+import atexit
 import copy
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # an unknown Hub name would cost seconds of retries
+if "HF_DATASETS_CACHE" not in os.environ:  # tables of records are made anew by each run of the tests
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="multicoco-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest  # noqa: E402

@@ -47,7 +47,13 @@ class ModelArguments:
 class DataArguments(RecordArguments):
     """What it is trained on: records, see docs/data.md."""
 
-    train_file: str = setting("Records: .jsonl, .json, a folder, or a Hub data set.")
+    train_file: list[str] = setting(
+        "Records: .jsonl, .json, .parquet, a glob of them, a folder, a Hub data set, or InternVL's .json of sets. "
+        "Several are several sets."
+    )
+    train_weights: list[float] | None = setting(
+        "How often an epoch goes through each set of `train_file`; once if not given.", default=None
+    )
     eval_file: str | None = setting("Records that are answered at the end of each stage.", default=None)
     max_length: int | None = setting(
         "Longest sequence in tokens. A longer record is an error, never cut.", default=None

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from ..configuration_multicoco import MultiCoCoConfig
 from ..curriculum import CurriculumArguments
-from ..data_multicoco import StageDataset, TokenizedRecord
+from ..data_multicoco import RecordShape, StageDataset
 from ..modeling_multicoco import MultiCoCoForConditionalGeneration
 
 
@@ -219,12 +219,17 @@ def worst_batches(dataset: StageDataset, batch_size: int) -> list[BatchShape]:
         dataset ([`StageDataset`]): The training data.
         batch_size (`int`): Samples of a micro batch.
     """
-    visual = dataset.num_image_token
+    visual, stages = dataset.num_image_token, range(dataset.curriculum.last_stage + 1)
+    longest: list[list[tuple[int, int, int, int]]] = [[] for _ in stages]  # of each stage, the longest so far
+    for index in range(len(dataset)):
+        shape = dataset.shape(index)
+        for stage, rows in zip(stages, longest, strict=True):
+            rows.append(_longest(shape, stage, dataset.curriculum))
+            if len(rows) > 2 * batch_size:
+                rows[:] = _first(rows, batch_size, visual)
     batches = []
-    for stage in range(dataset.curriculum.last_stage + 1):
-        rows = [_longest(row, stage, dataset.curriculum) for row in dataset.tokenized]
-        rows.sort(key=lambda row: row[0] * visual + sum(row[1:]), reverse=True)
-        tiles, texts, labels, thoughts = zip(*rows[:batch_size], strict=True)
+    for rows in longest:
+        tiles, texts, labels, thoughts = zip(*_first(rows, batch_size, visual), strict=True)
         mean = math.ceil(sum(tiles) / len(tiles))
         prompt = max(count * visual + text for count, text in zip(tiles, texts, strict=True))
         batches.append(
@@ -240,20 +245,24 @@ def worst_batches(dataset: StageDataset, batch_size: int) -> list[BatchShape]:
     return batches
 
 
-def _longest(row: TokenizedRecord, stage: int, curriculum: CurriculumArguments) -> tuple[int, int, int, int]:
+def _first(rows: list[tuple[int, int, int, int]], count: int, visual: int) -> list[tuple[int, int, int, int]]:
+    return sorted(rows, key=lambda row: row[0] * visual + sum(row[1:]), reverse=True)[:count]
+
+
+def _longest(shape: RecordShape, stage: int, curriculum: CurriculumArguments) -> tuple[int, int, int, int]:
     """At `stage`: tiles, text tokens, and the most labels and thoughts it may be drawn with."""
     labels, thoughts = [], []
-    for steps in row.rationales:  # one of these is drawn
+    for steps in shape.rationales:  # one of these is drawn
         drawn = [stage]
         if curriculum.mix != "none" and curriculum.last_stage:
             drawn += range((len(steps) if curriculum.mix == "uniform" else stage) + 1)
         for each in drawn:
             num_thoughts, num_gone = curriculum.counts(len(steps), each)
             thoughts.append(num_thoughts)
-            labels.append(sum(map(len, steps[num_gone:])) + len(row.answer))
+            labels.append(sum(steps[num_gone:]) + shape.answer)
     markers = 2 if curriculum.has_block else 0
-    text = len(row.question) - len(row.num_patches_list) + markers
-    return sum(row.num_patches_list), text, max(labels), max(thoughts)
+    text = shape.question - len(shape.num_patches_list) + markers
+    return sum(shape.num_patches_list), text, max(labels), max(thoughts)
 
 
 # --- what the weights are ----------------------------------------------------------------------------------------

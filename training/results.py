@@ -72,7 +72,7 @@ def make_judge(dataset: StageDataset, processor: MultiCoCoProcessor) -> Callable
 
     def is_correct(tokens: Sequence[int], index: int) -> bool:
         text = processor.tokenizer.decode(tokens, skip_special_tokens=True)
-        return score(dataset.records[index], final_answer(text)) == 1
+        return score(dataset.records[dataset.record_of(index)], final_answer(text)) == 1
 
     return is_correct
 

@@ -20,7 +20,7 @@ class EpochLengthSampler(LengthGroupedSampler):
     """Groups samples by length in an order drawn from seed and epoch: the same on every rank and after a resume."""
 
     def __init__(self, dataset: StageDataset, batch_size: int, seed: int):
-        super().__init__(batch_size, lengths=[len(dataset[index]["input_ids"]) for index in range(len(dataset))])
+        super().__init__(batch_size, lengths=[dataset.length(index) for index in range(len(dataset))])
         self.dataset, self.seed = dataset, seed
 
     def __iter__(self) -> Iterator[int]:
