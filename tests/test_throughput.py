@@ -183,7 +183,8 @@ def test_what_is_logged_is_what_the_model_was_given(make, settings, steps):
 
 
 def test_evaluation_saving_and_answers_take_no_time_of_training(make):
-    trainer, spy = make(logging_steps=4, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+    # A save after step 3 and an evaluation after 5, where no log has stopped the clock.
+    trainer, spy = make(logging_steps=4, eval_strategy="steps", eval_steps=5, save_strategy="steps", save_steps=3)
     trainer.train()
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
     assert any("eval/accuracy" in entry for entry in trainer.state.log_history)
