@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -199,6 +200,7 @@ class AnswerCallback(TrainerCallback):
         self.curriculum, self.dataset, self.collator, self.is_correct = curriculum, dataset, collator, is_correct
         self.batch_size, self.every, self.generate_kwargs = batch_size, every, generate_kwargs or {}
         self.pending: dict[str, float] = {}
+        self.seconds = 0.0  # of `pending`, which are none of training
 
     def on_step_end(
         self,
@@ -216,7 +218,9 @@ class AnswerCallback(TrainerCallback):
         epoch = math.ceil(state.epoch)  # epochs that are done
         stage = self.curriculum.stage(epoch - 1)
         if is_last or self.every == "epoch" or (self.every == "stage" and self.curriculum.stage(epoch) != stage):
+            begun = perf_counter()
             self.pending = self.measure(model, stage, disable_tqdm=bool(args.disable_tqdm))
+            self.seconds = perf_counter() - begun
             control.should_log = True
 
     def on_log(
@@ -229,7 +233,7 @@ class AnswerCallback(TrainerCallback):
     ) -> None:
         """Adds what was measured to the log that it asked for."""
         add_to_log(state, logs, self.pending)
-        self.pending = {}
+        self.pending, self.seconds = {}, 0.0
 
     def measure(self, model: PreTrainedModel, stage: int, *, disable_tqdm: bool = False) -> dict[str, float]:
         """Accuracy and mean number of new tokens at `stage`, over all ranks."""

@@ -27,6 +27,7 @@ import yaml
 from multicoco.recipes.trails.prepare import prepare
 from multicoco.recipes.trails.start_model import make_start_model
 from multicoco.trainer_callbacks import COMPLETE
+from multicoco.training.trainer import SPEED
 
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -157,9 +158,12 @@ def _has_come(moment: Moment, log: Path, output_dir: Path, started: int) -> bool
 
 
 def _logged(text: str) -> dict[int, str]:
-    """The logged values of each step, as printed, from the output of a run; a line cut short is left out."""
+    """
+    The logged values of each step, as printed, from the output of a run; a line cut short is left out, and so is what
+    depends on the time it took.
+    """
     lines = re.finditer(r"\{'loss'.*?'epoch': '([\d.]+)'.*\}(?=\n)", text)
-    return {round(float(line[1]) * EPOCH): line[0] for line in lines}
+    return {round(float(line[1]) * EPOCH): re.sub(rf"'{SPEED}\w+': '[^']*', ", "", line[0]) for line in lines}
 
 
 def _unfinished(output_dir: Path, started: int, first_step: int = 0, name: str = "*") -> str | None:
@@ -209,7 +213,7 @@ def find_differences(folder: Path, whole: Run, runs: list[Run]) -> list[str]:
         for step, line in result.lines.items():  # also of steps whose checkpoint was never written
             if line != whole.lines[step]:
                 found.append(f"run {number}, step {step}: {line} instead of {whole.lines[step]}")
-    expected, killed = (_history(folder / name) for name in ("whole", "killed"))
+    expected, killed = (read_history(folder / name) for name in ("whole", "killed"))
     if len(expected) != LAST_STEP:
         found.append(f"the whole run logged {len(expected)} steps, not {LAST_STEP}")
     if killed != expected:
@@ -227,10 +231,14 @@ def _read_results(output_dir: Path) -> list[dict]:
     return json.loads((output_dir / "results.json").read_text(encoding="utf-8"))  # the order of keys may differ
 
 
-def _history(output_dir: Path) -> list[dict]:
+def read_history(output_dir: Path) -> list[dict]:
     """Of the log, in full precision, what does not depend on the time it took."""
     log = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return [entry for entry in log if "loss" in entry]
+    return [
+        {name: value for name, value in entry.items() if not name.startswith(SPEED)}
+        for entry in log
+        if "loss" in entry
+    ]
 
 
 def main():

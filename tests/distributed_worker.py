@@ -26,6 +26,7 @@ from transformers.integrations import HfDeepSpeedConfig  # noqa: E402
 
 from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens  # noqa: E402
 from multicoco.compat import leave, leave_out_shm_kernel  # noqa: E402
+from multicoco.training import trainer  # noqa: E402
 
 
 def read_batch(folder: Path, name: str, dtype: torch.dtype) -> dict:
@@ -175,6 +176,25 @@ def add_tokens(checkpoint, name, results):
             results[f"{name}.{parameter}"] = param.detach().clone()
 
 
+def count(folder, plan, results):
+    """The speed that a trainer would log, by a clock that goes on by what the plan says of this rank."""
+    now, (until_a_batch, with_a_batch, besides) = [0.0], plan["seconds"][dist.get_rank()]
+    trainer.perf_counter = lambda: now[0]
+    throughput = trainer.Throughput()
+
+    def batches():
+        for name in plan["steps"]:
+            now[0] += until_a_batch
+            yield read_batch(folder, name, torch.float32)
+
+    throughput.start()
+    for _ in throughput.counted(batches()):
+        now[0] += with_a_batch
+    now[0] += besides
+    for name, value in throughput.rates(torch.device("cpu"), other_seconds=besides).items():
+        results[name] = torch.tensor([value], dtype=torch.float64)
+
+
 def run(name: str, folder: Path, plan: dict) -> dict:
     strategy, results = STRATEGIES[name](folder), {}
     with widened() if strategy.dtype == torch.float64 else contextlib.nullcontext():
@@ -187,6 +207,8 @@ def run(name: str, folder: Path, plan: dict) -> dict:
                 generate(strategy, folder, prompt, case, results)
         for step, num_labels in plan["steps"].items():
             train(strategy, folder, step, num_labels, True, results)
+    if name == "ddp":
+        count(folder, plan, results)
     if name == "zero3":
         for checkpoint, path in plan["checkpoints"].items():
             add_tokens(path, checkpoint, results)

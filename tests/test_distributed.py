@@ -32,6 +32,7 @@ from reference import (
 from safetensors.torch import load_file, save_file
 
 from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens
+from multicoco.training.trainer import SPEED
 
 
 WORLD_SIZE = 2
@@ -78,6 +79,9 @@ PROMPTS = {
     "beams": (PROMPT, dict(max_new_tokens=[5, 3], num_beams=3, num_return_sequences=2)),
 }
 
+# For each rank, by the clock of the test: until a batch is there, until it is trained on, and for something else.
+CLOCKS = ((0.5, 2.0, 40.0), (3.0, 4.0, 0.0))
+
 
 class Workspace:
     """The folder that the processes read, and the same model and batches here."""
@@ -100,6 +104,7 @@ class Workspace:
         plan = {
             "steps": {name: sum(self.num_labels(name)) for name in STEPS},
             "prompts": {name: settings for name, (_, settings) in PROMPTS.items()},
+            "seconds": CLOCKS,
             "checkpoints": {name: str(path) for name, path in self.checkpoints.items()},
         }
         (folder / "plan.json").write_text(json.dumps(plan))
@@ -221,6 +226,21 @@ def test_evaluation_of_uneven_ranks_equals_one_process(workspace, expected, stra
             real = batch["attention_mask"][index].bool()
             for kind in ("eval.logits", "backbone.eval", "backbone.train"):
                 assert_close(rank[f"{step}.{kind}"][index, real], logits, strategy, f"{kind} of sample {index}")
+
+
+def test_the_logged_speed_is_that_of_all_ranks_together(workspace):
+    batches = [batch for name in STEPS for batch in workspace.batches[name]]
+    counts = {
+        "samples_per_second": sum(len(batch["labels"]) for batch in batches),
+        "tokens_per_second": sum(int(batch["attention_mask"].sum()) for batch in batches),
+        "tiles_per_second": sum(sum(batch.get("num_patches_list", ())) for batch in batches),
+    }
+    waited, computed = (len(STEPS) * sum(clock[place] for clock in CLOCKS) for place in (0, 1))
+    expected = {name: count * WORLD_SIZE / (waited + computed) for name, count in counts.items()}
+    expected["waiting"] = waited / (waited + computed)
+    for rank in workspace.run("ddp"):
+        found = {name.removeprefix(SPEED): float(value) for name, value in rank.items() if name.startswith(SPEED)}
+        assert found == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("prompt", [name for name in PROMPTS if name != "beams"])

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from multicoco import MultiCoCoConfig, train
+from multicoco.training.trainer import SPEED
 
 
 ROOT = Path(train.__file__).parent
@@ -69,6 +70,12 @@ def history(output_dir):
     return [entry for entry in log if "loss" in entry]
 
 
+def sizes(entry):
+    """Mean tokens and tiles of the samples of a logged step, from how many of each there were a second."""
+    samples, tokens, tiles = (entry[f"{SPEED}{name}_per_second"] for name in ("samples", "tokens", "tiles"))
+    return tokens / samples, tiles / samples
+
+
 def other_port():
     """Nothing, or a free port for a launcher if another program holds the one that it takes by itself."""
     with socket.socket() as probe:
@@ -104,6 +111,7 @@ def test_two_ranks_train_as_one_process_does(site, one, zero):
         assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         same = ("step", "curriculum/stage", "eval/stage", "eval/accuracy", "eval/samples", "eval/new_tokens")
         assert [mine.get(key) for key in same] == [expected.get(key) for key in same]
+        assert sizes(mine) == pytest.approx(sizes(expected))
     assert [row["eval/stage"] for row in json.loads((site / out / "results.json").read_text())] == [0, 1, 2]
     config = MultiCoCoConfig.from_pretrained(site / out)
     assert (config.stage, config.num_thoughts) == (2, 2)

@@ -24,7 +24,7 @@ from multicoco.recipes.trails.start_model import make_start_model
 from multicoco.score import ScoreArguments
 from multicoco.trainer_callbacks import last_complete_checkpoint
 from multicoco.training.arguments import parse
-from multicoco.training.trainer import StageTrainer
+from multicoco.training.trainer import SPEED, StageTrainer
 
 
 ROOT = Path(train.__file__).parent
@@ -78,7 +78,11 @@ def start_process(arguments):
 def history(output_dir):
     """Of a run's log all that does not depend on the time it took."""
     log = json.loads((Path(output_dir) / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in log if "loss" in entry]
+    return [
+        {name: value for name, value in entry.items() if not name.startswith(SPEED)}
+        for entry in log
+        if "loss" in entry
+    ]
 
 
 def is_picture(path):

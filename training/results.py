@@ -18,7 +18,7 @@ from ..evaluation.metric import load_metric
 from ..processing_multicoco import MultiCoCoProcessor
 from .arguments import ModelArguments, Settings
 from .memory import PARTS, estimate_memory, worst_batches
-from .trainer import StageTrainer
+from .trainer import SPEED, StageTrainer
 
 
 def memory_table(
@@ -124,8 +124,12 @@ def results_table(log_history: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_results(log_history: Sequence[Mapping[str, Any]], output_dir: str | Path) -> None:
-    """results.json, and the picture results.png, beside the model."""
-    text = json.dumps(answers_of(log_history), indent=2, sort_keys=True)
+    """results.json, and the picture results.png, beside the model. Neither tells the time that a run took."""
+    answers = [
+        {name: value for name, value in entry.items() if not name.startswith(SPEED)}
+        for entry in answers_of(log_history)
+    ]
+    text = json.dumps(answers, indent=2, sort_keys=True)
     (Path(output_dir) / "results.json").write_text(text)
     draw_results(log_history, Path(output_dir) / "results.png")
 
