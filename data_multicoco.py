@@ -364,13 +364,14 @@ class StageDataset(torch.utils.data.Dataset):
         def piece(length: int) -> list[int]:
             return list(islice(ids, length))
 
+        counts, paths = row["num_patches_list"][0].as_py(), row["paths"][0].as_py()
         return TokenizedRecord(
             id=json.loads(row["id"][0].as_py()),
             question=piece(question),
             rationales=[[piece(length) for length in steps] for steps in rationales],
             answer=piece(answer),
-            num_patches_list=row["num_patches_list"][0].as_py(),
-            images=self.records.images_of(record),
+            num_patches_list=counts,
+            images=paths if len(paths) == len(counts) else self.records.images_of(record),
         )
 
     def shape(self, index: int) -> RecordShape:
