@@ -5,9 +5,10 @@ records -> a table of token ids (checked once) -> StageDataset (composed lazily)
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from .configuration_multicoco import IMAGE_CONTEXT_TOKEN, LATENT_TOKEN, TURN_END
 from .curriculum import ANSWER_MARK, CurriculumArguments, compose, draw_order, draw_rationale, draw_stage
 from .processing_multicoco import MultiCoCoProcessor, expand_image_tokens, open_image
 from .records import DatasetImage, Records, load_records, turns
-from .sources import fingerprint_of, list_defects, make_table, split_defects
+from .sources import RowReader, fingerprint_of, list_defects, make_table, split_defects
 
 
 # --- records -> tokens -------------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ _TOKENS_SCHEMA = pa.schema(
         "row": pa.int64(),  # of the records
         "id": pa.string(),  # JSON
         "ids": pa.list_(pa.int32()),  # question, the steps of all rationales, answer
-        "lengths": pa.list_(pa.list_(pa.int32())),  # of question and answer; then of the steps of each rationale
+        "lengths": pa.list_(pa.int32()),  # of question and answer; of each rationale how many steps, and theirs
         "num_patches_list": pa.list_(pa.int32()),
         "paths": pa.list_(pa.string()),  # of those images that are files
         "bytes": pa.list_(pa.int64()),  # their sizes when their tiles were counted
@@ -105,7 +106,7 @@ class _CheckRecords:
                     "row": number,
                     "id": json.dumps(record["id"]),
                     "ids": [*question, *chain(*chain(*rationales)), *answer],
-                    "lengths": [[len(question), len(answer)], *lengths],
+                    "lengths": [len(question), len(answer), *chain(*([len(way), *way] for way in lengths))],
                     "num_patches_list": counts,
                     "paths": paths,
                     "bytes": [os.path.getsize(path) for path in paths],
@@ -197,13 +198,13 @@ class _Mixture:
 
     def __init__(self, sets: Sequence[tuple[np.ndarray, float]], seed: int):
         self.sets, self.seed = [(indices, weight) for indices, weight in sets if len(indices)], seed
-        self._ends = np.cumsum([max(1, round(weight * len(indices))) for indices, weight in self.sets])
-        self.num_samples = int(self._ends[-1])
+        self._ends = list(accumulate(max(1, round(weight * len(indices))) for indices, weight in self.sets))
+        self.num_samples = self._ends[-1]
 
     def record(self, sample: int, epoch: int) -> int:
         """The index of the record of this sample in this epoch."""
-        number = int(np.searchsorted(self._ends, sample, side="right"))
-        start, end = (int(self._ends[number - 1]) if number else 0), int(self._ends[number])
+        number = bisect_right(self._ends, sample)
+        start, end = self._ends[number - 1] if number else 0, self._ends[number]
         indices, place, length = self.sets[number][0], sample - start, len(self.sets[number][0])
         rest = (end - start) % length
         if place >= end - start - rest:
@@ -267,7 +268,7 @@ class StageDataset(torch.utils.data.Dataset):
             records = load_records(records, needs_steps=curriculum.needs_steps, **how)
         limits = None if max_length is None else (max_length, vars(curriculum))
         known = records.fingerprint and fingerprint_of(records.fingerprint, processor.fingerprint_parts(), limits)
-        self._table = make_table(
+        table = make_table(
             _CheckRecords(records, processor, curriculum, max_length),
             len(records),
             _TOKENS_SCHEMA,
@@ -276,7 +277,8 @@ class StageDataset(torch.utils.data.Dataset):
             desc="Tokenizing",
             **how,
         )
-        self._places, defects = split_defects(self._table)
+        self._rows = RowReader(table)
+        self._places, defects = split_defects(table)
         list_defects(defects)
         if not len(self._places):
             raise ValueError("No usable record is left. Check `records`, and the list of defects, if any.")
@@ -357,21 +359,20 @@ class StageDataset(torch.utils.data.Dataset):
     def tokenized(self, index: int) -> TokenizedRecord:
         """The token ids of this sample's record."""
         record = self.record_of(index)
-        row = self._table[int(self._places[record])]  # a `pyarrow.Table` of one row
-        ids = iter(row["ids"].chunk(0).flatten().to_numpy().tolist())
-        (question, answer), *rationales = row["lengths"][0].as_py()
+        row, shape = int(self._places[record]), self._shape(record)
+        ids = iter(self._rows.integers("ids", row))
 
         def piece(length: int) -> list[int]:
             return list(islice(ids, length))
 
-        counts, paths = row["num_patches_list"][0].as_py(), row["paths"][0].as_py()
+        paths = self._rows.value("paths", row)
         return TokenizedRecord(
-            id=json.loads(row["id"][0].as_py()),
-            question=piece(question),
-            rationales=[[piece(length) for length in steps] for steps in rationales],
-            answer=piece(answer),
-            num_patches_list=counts,
-            images=paths if len(paths) == len(counts) else self.records.images_of(record),
+            id=json.loads(self._rows.value("id", row)),
+            question=piece(shape.question),
+            rationales=[[piece(length) for length in steps] for steps in shape.rationales],
+            answer=piece(shape.answer),
+            num_patches_list=shape.num_patches_list,
+            images=paths if len(paths) == len(shape.num_patches_list) else self.records.images_of(record),
         )
 
     def shape(self, index: int) -> RecordShape:
@@ -379,9 +380,12 @@ class StageDataset(torch.utils.data.Dataset):
         return self._shape(self.record_of(index))
 
     def _shape(self, record: int) -> RecordShape:
-        row = self._table[int(self._places[record])]
-        (question, answer), *rationales = row["lengths"][0].as_py()
-        return RecordShape(question, rationales, answer, row["num_patches_list"][0].as_py())
+        row = int(self._places[record])
+        question, answer, *lengths = self._rows.integers("lengths", row)
+        rationales, rest = [], iter(lengths)
+        for num_steps in rest:
+            rationales.append(list(islice(rest, num_steps)))
+        return RecordShape(question, rationales, answer, self._rows.integers("num_patches_list", row))
 
     def _sample(
         self, row: TokenizedRecord, num_thoughts: int | None, steps: list[list[int]], answer: list[int]

@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -389,6 +390,36 @@ def _open_table(folder: Path) -> HubDataset | None:
         return _map_files([folder / name for name in json.loads((folder / COMPLETE).read_text())])
     except FileNotFoundError:  # never written, or being written anew
         return None
+
+
+class RowReader:
+    """Single rows of a table, straight from its Arrow buffers: a hundred times as often asked for as made."""
+
+    def __init__(self, table: HubDataset):
+        self.table = table
+        columns = {name: table.data.column(name).chunks for name in table.column_names}
+        self._starts = [0, *itertools.accumulate(len(chunk) for chunk in columns["row"])]
+        self._chunks = columns
+        self._integers = {  # views of what is mapped: for each chunk where each list begins, and all lists' values
+            name: [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in chunks]
+            for name, chunks in columns.items()
+            if table.data.schema.field(name).type == pa.list_(pa.int32())
+        }
+
+    def __reduce__(self) -> tuple:
+        return RowReader, (self.table,)  # by the names of its files; the views would be copied
+
+    def integers(self, column: str, row: int) -> list[int]:
+        """A list of 32-bit integers."""
+        chunk = bisect_right(self._starts, row) - 1
+        offsets, values = self._integers[column][chunk]
+        place = row - self._starts[chunk]
+        return values[offsets[place] : offsets[place + 1]].tolist()
+
+    def value(self, column: str, row: int) -> Any:
+        """Whatever a column holds."""
+        chunk = bisect_right(self._starts, row) - 1
+        return self._chunks[column][chunk][row - self._starts[chunk]].as_py()
 
 
 def split_defects(table: HubDataset) -> tuple[np.ndarray, list[str]]:
