@@ -97,6 +97,7 @@ class Subject:
         self.collator = ReasoningCollator(self.processor)
         if not isinstance(records, Records):
             records = load_records(records, needs_steps=False, needs_answer=False)
+        records = records.each_once()  # an index is that of a record and of its sample
         if choices_by == "likelihood":  # every choice as the answer of a record without steps
             self.choices = [record["choices"] for record in records]
             self.first_rows = [0, *itertools.accumulate(map(len, self.choices))]
