@@ -27,7 +27,7 @@ CHOICES_BY = ("generation", "likelihood")
 class AskArguments(RecordArguments):
     """How records are read and a checkpoint is loaded and asked: common to score.py and diagnose.py."""
 
-    data: str = setting("Records: .jsonl, .json, a folder, or a Hub data set.")
+    data: str = setting("Records: .jsonl, .json, .parquet, a glob of them, a folder, or a Hub data set.")
     metric: str = setting(
         "exact: what is written after the last '### ' is, letter by letter, the record's answer. Else "
         "FILE:RESULT, a metric in the form of `evaluate` and the name of its result, as "
