@@ -111,6 +111,14 @@ def test_a_set_that_counts_twice_is_asked_once(sets_file):
     assert [subject.dataset.tokenized(index).id for index in range(len(subject.dataset))] == ids
 
 
+def test_a_file_of_sets_is_trained_on_with_its_weights_and_answered_without(sets_file):
+    flags = "--without_steps thoughts --answer_every end --max_steps 1 --save_strategy no --report_to none"
+    flags += f" --train_file {sets_file} --eval_file {sets_file} --output_dir out"
+    trainer = train.main(["--model_name_or_path", str(TRAILS), *flags.split()])
+    assert len(trainer.train_dataset) == 2 * 3 + 3
+    assert [entry["eval/samples"] for entry in trainer.state.log_history if "eval/samples" in entry] == [2 * 3]
+
+
 def test_pictures_of_sets_stand_in_root_else_in_the_image_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
