@@ -479,7 +479,7 @@ class ReasoningCollator:
         if num_patches_list != expected:
             raise ValueError(
                 f"`images` of this batch give {num_patches_list} tiles, but gave {expected} when they were counted. "
-                "Has a file changed since the start? Run again."
+                "Has a file changed since the start? Run again, with `--overwrite_cache`."
             )
         return {"pixel_values": tiles["pixel_values"], "num_patches_list": num_patches_list}
 

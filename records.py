@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, overload
@@ -270,6 +270,10 @@ class Records(Sequence):
     def select(self, indices: np.ndarray) -> "Records":
         """The records with these indices, in this order."""
         return Records(self.sets, self._order[indices])
+
+    def each_once(self) -> "Records":
+        """The same records, of sets without weights: whoever asks them asks each once."""
+        return Records([replace(one, weight=1.0) for one in self.sets], self._order)
 
     def by_set(self) -> list[tuple[np.ndarray, float]]:
         """For each set the indices of its records, and its weight."""

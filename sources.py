@@ -110,11 +110,11 @@ def find_sources(source: Any, split: str, image_folder: str | os.PathLike | None
     return [Source(f"a {type(source).__name__}", rows, _folder(image_folder))]
 
 
-def _folder(image_folder: str | os.PathLike | None) -> Path | None:
+def _folder(image_folder: str | os.PathLike | None, name: str = "`--image_folder`") -> Path | None:
     if image_folder is None:
         return None
     if not os.path.isdir(image_folder):
-        raise ValueError(f"`--image_folder` {image_folder} is no folder. Check the path.")
+        raise ValueError(f"{name} {image_folder} is no folder. Check the path.")
     return Path(image_folder).resolve()
 
 
@@ -125,27 +125,27 @@ def _open_source(word: str, split: str, image_folder: str | os.PathLike | None) 
         paths = sorted(glob.glob(word, recursive=True))
         if not paths:
             raise ValueError(f"`{word}` matches no file. Check the pattern.")
-    kinds = {Path(path).suffix for path in paths}
+    kinds, folders = {Path(path).suffix for path in paths}, {Path(path).parent.resolve() for path in paths}
     if kinds <= {".json", ".jsonl"}:
         files = [Path(path) for path in paths]
-        if len(files) == 1 and (sets := _sets_of_internvl(files[0])) is not None:
+        if len(files) == 1 and (sets := _sets_of_internvl(files[0], image_folder)) is not None:
             return sets
-        folders = {file.parent.resolve() for file in files}
         if len(folders) > 1 and image_folder is None:
             raise ValueError(f"`{word}` matches files in several folders. Give `--image_folder`, or each by itself.")
-        folder = _folder(image_folder) or folders.pop()
-        return [Source(word, _scan(files), folder)]
+        return [Source(word, _scan(files), _folder(image_folder) or folders.pop())]
     if kinds == {".parquet"}:
-        return [Source(word, _load_dataset("parquet", split, word, data_files={split: paths}))]
+        rows = _load_dataset("parquet", split, word, data_files={split: paths})  # which may hold its images
+        return [Source(word, rows, _folder(image_folder) or (folders.pop() if len(folders) == 1 else None))]
     if len(paths) > 1:
         raise ValueError(f"`{word}` matches {sorted(kinds)}, expected .jsonl and .json, or .parquet. Narrow it down.")
     return [Source(word, _load_dataset(word, split, word), _folder(image_folder))]
 
 
-def _sets_of_internvl(path: Path) -> list[Source] | None:
+def _sets_of_internvl(path: Path, image_folder: str | os.PathLike | None) -> list[Source] | None:
     """
     The sets of a file as InternVL's training script reads it, `{"name": {"root", "annotation", "repeat_time"}}`;
-    `None` if it is another. Paths are relative to the working folder, as there.
+    `None` if it is another. Paths are relative to the working folder, as there. A set without `root` has its images
+    where those of other files are.
     """
     if (
         path.suffix != ".json"
@@ -166,7 +166,10 @@ def _sets_of_internvl(path: Path) -> list[Source] | None:
         file, weight = Path(one["annotation"]), one.get("repeat_time", 1)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise ValueError(f"`{path}`, {name!r}: `repeat_time` is {weight!r}, expected a number.")
-        folder = _folder(one["root"]) if one.get("root") else file.parent.resolve()
+        if ignored := [switch for switch in ("data_augment", "max_dynamic_patch") if one.get(switch)]:
+            logger.warning(f"`{path}`, {name!r}: {ignored} are not followed. Tiles are those of `--max_patches`.")
+        root = _folder(one.get("root") or None, f"`{path}`, {name!r}: `root`")
+        folder = root or _folder(image_folder) or file.parent.resolve()
         found.append(Source(name, _scan([file]), folder, float(weight)))
     return found
 

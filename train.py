@@ -18,6 +18,7 @@ from transformers import set_seed
 
 from multicoco.compat import leave
 from multicoco.data_multicoco import ReasoningCollator, StageDataset
+from multicoco.records import Records
 from multicoco.trainer_callbacks import (
     AnswerCallback,
     CompletionCallback,
@@ -47,10 +48,11 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
     set_seed(args.seed)
     processor = data_args.load_processor(model_args.model_name_or_path)
 
-    def load(source: str | Sequence[str], **how: Any) -> StageDataset:
-        skip = data_args.skip_bad_records
+    skip = data_args.skip_bad_records
+
+    def tokenize(records: Records) -> StageDataset:
         return StageDataset(
-            data_args.read(source, skip_bad_records=skip, **how),
+            records,
             processor,
             curriculum,
             seed=args.seed,
@@ -60,12 +62,16 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
             overwrite_cache=data_args.overwrite_cache,
         )
 
-    train_dataset = load(data_args.train_file, needs_steps=curriculum.needs_steps, weights=data_args.train_weights)
+    how: dict[str, Any] = {"needs_steps": curriculum.needs_steps, "weights": data_args.train_weights}
+    train_dataset = tokenize(data_args.read(data_args.train_file, skip_bad_records=skip, **how))
     if model_args.estimate_memory:
         if is_main:
             print(f"\n{memory_table(model_args, args, train_dataset, processor)}")
         return None
-    eval_dataset = load(data_args.eval_file, needs_steps=False) if data_args.eval_file else None
+    eval_dataset = None
+    if data_args.eval_file:
+        records = data_args.read(data_args.eval_file, skip_bad_records=skip, needs_steps=False)
+        eval_dataset = tokenize(records.each_once())
     collator = ReasoningCollator(processor)
     callbacks = [CurriculumCallback(curriculum, train_dataset), CompletionCallback()]
     if eval_dataset is not None:

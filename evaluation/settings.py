@@ -48,10 +48,20 @@ def make_parser(*kinds: Any, description: str | None) -> HfArgumentParser:
     return HfArgumentParser(kinds, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def _is_one_more(flag: argparse.Action | None, word: str) -> bool:
+    """Whether a word that ends like a settings file is one more value of this flag."""
+    if flag is None or flag.nargs not in ("+", "*"):
+        return False
+    if flag.type in (int, float):
+        return not Path(word).is_file()
+    return word.endswith(".json") or Path(word).is_dir()  # a checkpoint is a folder, of any name
+
+
 def find_settings(parser: HfArgumentParser, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """
     Puts what a settings file among the arguments says before them, so that flags win over it. The file may stand
-    anywhere but behind a flag that takes a value.
+    anywhere but behind a flag that takes a value. Behind one that takes several texts a `.json` is one more of them,
+    as records are; behind one that takes several numbers it is the file.
 
     Returns:
         The words to parse, and for each setting that is given where it comes from: the file or `"command line"`.
@@ -62,12 +72,12 @@ def find_settings(parser: HfArgumentParser, arguments: Sequence[str]) -> tuple[l
     flags = flags_of(parser)
     switches = {flag for flag, action in flags.items() if action.nargs in ("?", 0)}
     files, words, sources = [], [], {}
-    takes_several = False  # whether the flag before may have more values
+    flag = None  # the one before
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if before.startswith("--"):
-            takes_several = before in flags and flags[before].nargs in ("+", "*")
+            flag = flags.get(before)  # none where `=` has given its only value
         is_value = before.startswith("--") and "=" not in before and before not in switches
-        is_value |= takes_several and not Path(argument).is_file()
+        is_value |= _is_one_more(flag, argument)
         if argument.endswith(SETTINGS_FILES) and not argument.startswith("--") and not is_value:
             files.append(argument)
             continue

@@ -27,7 +27,7 @@ CHOICES_BY = ("generation", "likelihood")
 class AskArguments(RecordArguments):
     """How records are read and a checkpoint is loaded and asked: common to score.py and diagnose.py."""
 
-    data: str = setting("Records: .jsonl, .json, a folder, or a Hub data set.")
+    data: str = setting("Records: .jsonl, .json, .parquet, a glob of them, a folder, or a Hub data set.")
     metric: str = setting(
         "exact: what is written after the last '### ' is, letter by letter, the record's answer. Else "
         "FILE:RESULT, a metric in the form of `evaluate` and the name of its result, as "
@@ -97,6 +97,7 @@ class Subject:
         self.collator = ReasoningCollator(self.processor)
         if not isinstance(records, Records):
             records = load_records(records, needs_steps=False, needs_answer=False)
+        records = records.each_once()  # an index is that of a record and of its sample
         if choices_by == "likelihood":  # every choice as the answer of a record without steps
             self.choices = [record["choices"] for record in records]
             self.first_rows = [0, *itertools.accumulate(map(len, self.choices))]

@@ -20,7 +20,6 @@ from multicoco import (
     ReasoningCollator,
     StageDataset,
     add_thought_tokens,
-    load_records,
 )
 
 
@@ -59,7 +58,7 @@ def main(arguments: list[str] | None = None) -> Trainer:
     model = MultiCoCoForConditionalGeneration.from_pretrained(args.model)
     add_thought_tokens(model, processor.tokenizer)
     curriculum = CurriculumArguments(c_thought=1, epochs_per_stage=args.epochs_per_stage)
-    dataset = StageDataset(load_records(make_records(args.count)), processor, curriculum)
+    dataset = StageDataset(make_records(args.count), processor, curriculum)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(

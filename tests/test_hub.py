@@ -191,8 +191,9 @@ def test_a_run_without_a_push_has_its_card_too(pushed, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     settings = json.loads((folder / "out" / "settings.json").read_text())
     flags = ["--output_dir", tmp_path / "alone", "--max_steps", 1, "--save_strategy", "no", "--report_to", "none"]
-    for name in ("model_name_or_path", "train_file", "max_patches"):
+    for name in ("model_name_or_path", "max_patches"):
         flags += [f"--{name}", settings[name]]
+    flags += ["--train_file", *settings["train_file"]]
     train.main([str(flag) for flag in flags])
     card = ModelCard.load(tmp_path / "alone" / "README.md")
     assert card.data.license_name == "qwen"

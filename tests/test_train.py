@@ -123,7 +123,7 @@ def test_flags_win_over_the_file_and_each_setting_tells_its_source(write, name):
     model, data, curriculum, args, sources = parse(
         None, [path, "--seed=7", "--no_final_stage", "--weight-decay", "0.5"]
     )
-    assert (model.model_name_or_path, data.train_file) == ("some/model", "some.jsonl")
+    assert (model.model_name_or_path, data.train_file) == ("some/model", ["some.jsonl"])
     assert (args.learning_rate, args.seed, args.weight_decay, curriculum.final_stage) == (1e-3, 7, 0.5, False)
     assert args.bf16 is False
     assert sources["learning_rate"] == path
@@ -143,7 +143,7 @@ def test_bools_lists_and_objects_are_read_from_the_file(write):
 def test_the_file_may_stand_behind_a_switch_and_a_flag_may_take_a_file(write):
     path = write("a.yaml", NEEDED)
     model, data, _, args, _ = parse(None, ["--skip_bad_records", path, "--train_file", "other.json"])
-    assert (data.skip_bad_records, data.train_file) == (True, "other.json")
+    assert (data.skip_bad_records, data.train_file) == (True, ["other.json"])
 
 
 def test_epochs_are_those_of_the_curriculum_unless_given(write):

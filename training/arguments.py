@@ -52,7 +52,8 @@ class DataArguments(RecordArguments):
         "Several are several sets."
     )
     train_weights: list[float] | None = setting(
-        "How often an epoch goes through each set of `train_file`; once if not given.", default=None
+        "How often an epoch goes through each set of `train_file`; once, or InternVL's `repeat_time`, if not given.",
+        default=None,
     )
     eval_file: str | None = setting("Records that are answered at the end of each stage.", default=None)
     max_length: int | None = setting(

@@ -91,7 +91,7 @@ def make_card(
     data = ModelCardData(
         model_name=model_id.split("/")[-1],
         base_model=base if _is_hub_name(base) else None,
-        datasets=[settings["train_file"]] if _is_hub_name(settings.get("train_file")) else None,
+        datasets=list(filter(_is_hub_name, _train_files(settings))) or None,
         language=language,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=TASK,
@@ -153,7 +153,7 @@ def _last_answers(folder: Path) -> dict[str, Any]:
 
 
 def _is_hub_name(name: str | None) -> bool:
-    if not name or Path(name).exists() or name.endswith((".json", ".jsonl")):
+    if not name or Path(name).exists() or name.endswith((".json", ".jsonl", ".parquet")):
         return False
     return HUB_NAME.fullmatch(name) is not None
 
@@ -163,6 +163,21 @@ def _shown(name: str | None) -> str:
     if not name:
         return "not recorded"
     return f"`{name}`" if _is_hub_name(name) else f"`{Path(name).name}` (local)"
+
+
+def _train_files(settings: Mapping[str, Any]) -> list[str]:
+    files = settings.get("train_file") or []
+    return [files] if isinstance(files, str) else files  # one text before several sets could be given
+
+
+def _shown_sets(settings: Mapping[str, Any]) -> str:
+    """The sets that were trained on, each with its weight if weights were given."""
+    names, weights = [_shown(name) for name in _train_files(settings)], settings.get("train_weights")
+    if not weights:
+        return ", ".join(names) or _shown(None)
+    if len(weights) == len(names):
+        return ", ".join(f"{name} x {weight:g}" for name, weight in zip(names, weights, strict=True))
+    return f"{', '.join(names)}; weights {', '.join(f'{weight:g}' for weight in weights)}"  # a file of several sets
 
 
 def _base_license(base: str | None) -> dict[str, Any]:
@@ -193,7 +208,7 @@ def _thoughts(num_thoughts: int | None) -> str:
 def _facts(config: MultiCoCoConfig, settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     rows = [
         ("base model", _shown(settings.get("model_name_or_path"))),
-        ("training data", _shown(settings.get("train_file"))),
+        ("training data", _shown_sets(settings)),
         ("mode", f"`{config.mode}`"),
         ("stage reached", f"{config.stage} (of {config.max_latent_stage} that replace a step each)"),
         ("thoughts at inference", _thoughts(config.num_thoughts)),
