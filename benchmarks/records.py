@@ -101,23 +101,38 @@ def run_role(args: RecordsArguments) -> None:
         for start in range(0, len(order), 4):
             batch = collator([dataset[int(index)] for index in order[start : start + 4]])
             tokens += int(batch["attention_mask"].sum())
-        result |= {"tokens": tokens / len(order), "epoch": time.perf_counter() - began, **memory()}
-    print(json.dumps(result))
+        result |= {"tokens": tokens / len(order), "epoch": time.perf_counter() - began}
+        print("read", flush=True)
+        sys.stdin.readline()  # until the other rank has read its half too: both map the same pages
+        result |= memory()
+    print(json.dumps(result), flush=True)
+    sys.stdin.readline()
 
 
 def start(path: Path, role: str, **flags: int) -> subprocess.Popen:
     """A process of this script with another role."""
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, __file__, "--role", role, "--file", str(path), *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def result_of(*processes: subprocess.Popen) -> list[dict[str, float]]:
-    """What they print, when all have ended."""
-    texts = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise RuntimeError("A process has failed; what it said stands above.")
-    return [json.loads(text.splitlines()[-1]) for text in texts]
+    """What they print last. All stay until each has printed."""
+
+    def read(process: subprocess.Popen) -> str:
+        if not (line := process.stdout.readline()):
+            raise RuntimeError("A process has failed; what it said stands above.")
+        return line
+
+    lines = [read(process) for process in processes]
+    if lines[0] == "read\n":
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        lines = [read(process) for process in processes]
+    for process in processes:
+        process.communicate("\n")
+    return [json.loads(line) for line in lines]
 
 
 def main(args: RecordsArguments) -> None:
