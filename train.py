@@ -64,7 +64,7 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
             print(f"\n{memory_table(model_args, args, train_dataset, processor)}")
         return None
     eval_dataset = load(data_args.eval_file, needs_steps=False) if data_args.eval_file else None
-    collator = ReasoningCollator(processor)
+    collator = ReasoningCollator(processor, normalize_on_device=data_args.normalize_on_device)
     callbacks = [CurriculumCallback(curriculum, train_dataset), CompletionCallback()]
     if eval_dataset is not None:
         judge = make_judge(eval_dataset, processor)

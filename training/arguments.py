@@ -53,6 +53,10 @@ class DataArguments(RecordArguments):
         "Longest sequence in tokens. A longer record is an error, never cut.", default=None
     )
     skip_bad_records: bool = setting("List and leave out defective records.", default=False)
+    normalize_on_device: bool = setting(
+        "Send tiles to the device as bytes, a quarter of the size, and normalise them there. Same values.",
+        default=False,
+    )
     answer_every: str = setting("When `eval_file` is answered.", default="stage", choices=["stage", "epoch", "end"])
     answer_batch_size: int = setting("Prompts per generate call of one rank.", default=64)
 

@@ -60,6 +60,14 @@ class StageTrainer(Trainer):
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return EpochLengthSampler(dataset, batch_size, self.args.seed)
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As [`~transformers.Trainer`]; tiles that came to the device as bytes are normalised there."""
+        inputs = super()._prepare_inputs(inputs)
+        pixel_values, normalize = inputs.get("pixel_values"), getattr(self.processing_class, "normalize_pixels", None)
+        if normalize and pixel_values is not None and pixel_values.dtype == torch.uint8:
+            inputs["pixel_values"] = normalize(pixel_values)
+        return inputs
+
     def create_model_card(
         self,
         *args: Any,
