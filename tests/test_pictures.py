@@ -120,6 +120,7 @@ SETTINGS = {
     "bytes": {"do_rescale": False, "do_normalize": False},
     "other_factor": {"rescale_factor": 1 / 127.5},
     "not_converted": {"do_convert_rgb": False},
+    "no_filter": {"do_resize": False, "resample": None},
     "padded": {"do_pad": True, "pad_size": {"height": 64, "width": 64}},
     "shortest_edge": {"size": {"shortest_edge": 30}, "crop_to_patches": False},
     **{f"filter_{one.name.lower()}": {"resample": int(one)} for one in list(Image.Resampling)[:6]},
@@ -415,6 +416,11 @@ def test_tiles_are_those_of_the_full_size(processor, drafting, tmp_path):
     batch = ReasoningCollator(drafting)([dataset[0]])
     assert batch["num_patches_list"] == dataset[0]["num_patches_list"] == [7]
     assert torch.equal(batch["pixel_values"], pixels_of(drafting, path))
+    draft = Image.open(path)
+    draft.draft(None, (56, 84))
+    canvas = draft.resize((56, 84), Image.Resampling.BICUBIC, (0, 0, 60.5, 85.5))  # where the picture lies in it
+    corner = canvas.crop((28, 56, 56, 84))
+    assert torch.equal(batch["pixel_values"][5], pixels_of(processor, corner)[0])
     assert not torch.equal(batch["pixel_values"], ReasoningCollator(processor)([dataset[0]])["pixel_values"])
 
 
