@@ -100,11 +100,6 @@ class RecordArguments:
     max_patches: int | None = setting(
         "Tiles per image at most; the checkpoint's own value (12) if not given.", default=None
     )
-    draft_jpeg: bool | None = setting(
-        "Decode large JPEG files smaller where their tiles need no more. Faster, but PIXELS DIFFER, so the checkpoint "
-        "keeps it; its own value (off) if not given.",
-        default=None,
-    )
 
     def read(self, source: str, **kwargs: Any) -> list[dict[str, Any]]:
         """[`load_records`] with these settings."""
@@ -116,8 +111,6 @@ class RecordArguments:
         processor = MultiCoCoProcessor.from_pretrained(name)
         if self.max_patches is not None:
             processor.image_processor.max_patches = self.max_patches
-        if self.draft_jpeg is not None:
-            processor.image_processor.draft_jpeg = self.draft_jpeg
         return processor
 
 

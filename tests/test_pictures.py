@@ -350,19 +350,27 @@ def test_training_on_bytes_is_training_on_numbers(trails_start, tmp_path):
     assert logs[0] == logs[1]
 
 
-def test_flags_reach_processor_and_collator():
-    words = ["--model_name_or_path", "m", "--train_file", "t.jsonl", "--output_dir", "out"]
-    assert not parse(None, words).data.normalize_on_device
-    assert parse(None, [*words, "--normalize_on_device"]).data.normalize_on_device
-    for flag, expected in ((None, False), (True, True), (False, False)):
-        loaded = RecordArguments(draft_jpeg=flag).load_processor(str(CHECKPOINT))
-        assert loaded.image_processor.draft_jpeg is expected
+WORDS = ["--model_name_or_path", "m", "--train_file", "t.jsonl", "--output_dir", "out"]
 
 
-def test_a_command_keeps_the_draft_of_a_checkpoint_unless_told(tmp_path):
-    MultiCoCoProcessor.from_pretrained(CHECKPOINT, draft_jpeg=True).save_pretrained(tmp_path)
-    assert RecordArguments().load_processor(str(tmp_path)).image_processor.draft_jpeg is True
-    assert RecordArguments(draft_jpeg=False).load_processor(str(tmp_path)).image_processor.draft_jpeg is False
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], (False, True)), (["--draft_jpeg", "true"], (True, True)), (["--draft_jpeg", "false"], (False, False))],
+    ids=["not_given", "on", "off"],
+)
+def test_training_says_how_files_are_decoded_and_the_checkpoint_keeps_it(tmp_path, words, expected):
+    MultiCoCoProcessor.from_pretrained(CHECKPOINT, draft_jpeg=True).save_pretrained(tmp_path / "on")
+    MultiCoCoProcessor.from_pretrained(CHECKPOINT).save_pretrained(tmp_path / "off")
+    data = parse(None, [*WORDS, *words]).data
+    for name, value in zip(("off", "on"), expected, strict=True):
+        data.load_processor(str(tmp_path / name)).save_pretrained(tmp_path / "trained")
+        asked = RecordArguments().load_processor(str(tmp_path / "trained"))
+        assert asked.image_processor.draft_jpeg is value
+
+
+def test_bytes_for_the_device_are_asked_for():
+    assert not parse(None, WORDS).data.normalize_on_device
+    assert parse(None, [*WORDS, "--normalize_on_device"]).data.normalize_on_device
 
 
 # --- drafts ------------------------------------------------------------------------------------------------------
