@@ -1,4 +1,4 @@
-"""Every touch on the inside of a library, and what ranks ask of each other. Knows modules and processes, no InternVL.
+"""Every touch on the inside of a library, and what ranks ask of each other. Knows modules and pictures, no InternVL.
 
 Each function that touches one says in its last line what upstream could offer instead.
 """
@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import importlib
 import inspect
+import itertools
 import json
 import os
 import sys
@@ -17,9 +18,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeGuard
 
+import numpy as np
 from huggingface_hub.utils import httpx  # as it stands there: `import httpx` would be asked of who loads remote code
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.image_utils import is_pil_image
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file, is_torch_available
 
 
@@ -35,6 +39,14 @@ DOWNLOAD_ERRORS: tuple[type[Exception], ...] = (httpx.HTTPError, httpx.InvalidUR
 # classes that keep to themselves what is theirs.
 LOADER_KWARGS = ["trust_remote_code", "code_revision", "use_fast", "backend", "dtype", "torch_dtype", "device_map"]
 LOADER_KWARGS += ["attn_implementation", "config", "repo_type", "user_agent", "_from_auto", "_commit_hash"]
+# Arguments of `from_pretrained` that are the tokenizer's. Upstream: a list of them.
+TOKENIZER_KWARGS = ["padding_side", "truncation_side", "model_max_length", "split_special_tokens"]
+TOKENIZER_KWARGS += ["clean_up_tokenization_spaces", "extra_special_tokens", "additional_special_tokens"]
+TOKENIZER_KWARGS += ["add_bos_token", "add_eos_token", "add_prefix_space", "fix_mistral_regex", "from_slow", "legacy"]
+TOKENIZER_KWARGS += ["gguf_file", "tokenizer_type", "verbose"]
+TOKENIZER_KWARGS += PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
+# Of a picture that was decoded smaller: its size before, and where that lies in it. Its copies do not inherit it.
+_DRAFT = "draft_of"
 
 
 def world_size() -> int:
@@ -197,6 +209,80 @@ def saved_as_registered(model: PreTrainedModel, save_directory: str | os.PathLik
         yield known
     finally:
         del model_class._auto_class
+
+
+def pixel_table(image_processor: Any, kwargs: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """
+    The numbers `(3, 256)` that a library's image processor, called with `kwargs`, makes of the bytes of each channel.
+
+    Upstream: rescaling and normalising in one pass, as its torchvision back end does, with the bits of two.
+    """
+    names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    settings = {name: kwargs.get(name, getattr(image_processor, name)) for name in names}
+    table: Any = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))
+    if settings["do_rescale"]:
+        table = image_processor.rescale(table, settings["rescale_factor"])
+    if settings["do_normalize"]:
+        table = image_processor.normalize(table, settings["image_mean"], settings["image_std"])
+    return np.ascontiguousarray(table[:, 0])
+
+
+class TilesInPillow:
+    """
+    For a class of the library's that cuts tiles: a picture stays in Pillow until it is cut, and one look-up makes each
+    byte a number. Settings for which `grid(size, settings)` is `None`, and arrays, go the library's own way.
+
+    Upstream: a Pillow back end that makes no array before it has resized.
+    """
+
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> Any:
+        """The library's array `(channels, height, width)`; a picture that is RGB as it is."""
+        is_rgb = is_pil_image(image) and image.mode == "RGB" and image.info.get("transparency") is None
+        return image if is_rgb else super().process_image(image, *args, **kwargs)  # type: ignore[misc]
+
+    def _preprocess(self: Any, images: list[Any], *args: Any, **settings: Any) -> BatchFeature:
+        drafts: list[Any] = [is_pil_image(image) and getattr(image, _DRAFT, (image.size, None)) for image in images]
+        grids: list[Any] = [draft and self.grid(draft[0], settings) for draft in drafts]
+        if args or not grids or not all(grids):
+            arrays = [np.moveaxis(np.array(image), -1, 0) if is_pil_image(image) else image for image in images]
+            return super()._preprocess(arrays, *args, **settings)  # type: ignore[misc]
+        table, height, width = pixel_table(self, settings), settings["size"].height, settings["size"].width
+        counts = [columns * rows + (columns * rows > 1) for columns, rows in grids]
+        tiles = np.empty((sum(counts), 3, height, width), table.dtype)
+        free = iter(tiles)
+        for image, (_, box), grid, count in zip(images, drafts, grids, counts, strict=True):
+            for columns, rows in [grid] if count == 1 else [grid, (1, 1)]:  # the tiles, then the thumbnail
+                canvas = image.resize((columns * width, rows * height), settings["resample"], box)
+                planes = [np.asarray(plane) for plane in canvas.split()]
+                for y, x in itertools.product(range(0, canvas.height, height), range(0, canvas.width, width)):
+                    for tile, numbers, plane in zip(next(free), table, planes, strict=True):
+                        part = plane[y : y + height, x : x + width]
+                        if table.dtype == part.dtype:  # bytes stay bytes
+                            tile[...] = part
+                        else:
+                            np.take(numbers, part, out=tile, mode="clip")  # by default it goes through a copy of `out`
+        data = {"pixel_values": tiles if settings["return_tensors"] else list(tiles), "num_patches": counts}
+        return BatchFeature(data, tensor_type=settings["return_tensors"])
+
+    def draft(self: Any, image: Any, **kwargs: Any) -> Any:
+        """
+        An opened file as it is; a JPEG, with `draft_jpeg`, decoded at an eighth, a quarter or half of its size if that
+        is not below what its tiles need. Tiles are counted by its full size.
+
+        Args:
+            kwargs: Settings of a call that win over the processor's own.
+        """
+        names, full = self.valid_kwargs.__annotations__, image.size
+        settings = self._standardize_kwargs(**{name: kwargs.get(name, getattr(self, name)) for name in names})
+        grid = self.grid(full, settings) if settings["draft_jpeg"] and 0 not in full else None
+        if grid is None:
+            return image
+        drafted = image.draft(None, (grid[0] * settings["size"].width, grid[1] * settings["size"].height))
+        if drafted is None or image.size == full:
+            return image
+        image = image.convert("RGB")
+        setattr(image, _DRAFT, (full, drafted[1]))
+        return image
 
 
 def optional_file(

@@ -422,13 +422,16 @@ class ReasoningCollator:
 
     Args:
         processor ([`MultiCoCoProcessor`]): Opens and cuts the images of the batch.
+        normalize_on_device (`bool`, defaults to `False`): Leave the pixels of a batch bytes, a quarter of the size;
+            [`MultiCoCoProcessor.normalize_pixels`], which `StageTrainer` calls, makes them numbers where the model is.
+            Those of prompts are numbers in any case.
 
     Returns, when called: `input_ids`, `attention_mask`, `labels` of shape `(batch_size, sequence_length)`, and with
     images `pixel_values` `(sum of tiles, 3, height, width)` and `num_patches_list`.
     """
 
-    def __init__(self, processor: MultiCoCoProcessor):
-        self.processor = processor
+    def __init__(self, processor: MultiCoCoProcessor, *, normalize_on_device: bool = False):
+        self.processor, self.normalize_on_device = processor, normalize_on_device
         self.pad_token_id = processor.tokenizer.pad_token_id
         self.latent_token_id = processor.tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
         self.image_token_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT_TOKEN)
@@ -440,7 +443,7 @@ class ReasoningCollator:
         ]
         column = max((first for first in firsts if first is not None), default=0)
         lefts = [0 if first is None else column - first for first in firsts]
-        return {**self._padded(features, lefts), **self._pixels(features)}
+        return {**self._padded(features, lefts), **self._pixels(features, as_bytes=self.normalize_on_device)}
 
     def prompts(self, features: Sequence[Mapping[str, Any]], *, with_images: bool = True) -> dict[str, Any]:
         """The same for prompts to generate from: padded on the left. Without images, ids and mask only."""
@@ -463,25 +466,43 @@ class ReasoningCollator:
             batch["labels"] = torch.tensor([row(item["labels"], left, -100) for item, left in pairs])
         return batch
 
-    def _pixels(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        expected = [count for feature in features for count in feature.get("num_patches_list", [])]
+    def _pixels(self, features: Sequence[Mapping[str, Any]], *, as_bytes: bool = False) -> dict[str, Any]:
         for sample, feature in enumerate(features):
             self._check_images(sample, feature)
-        if not expected:
+        if not any(len(feature.get("num_patches_list", ())) for feature in features):
             return {}
         images = [
-            open_image(_loaded(image), sample, index)
+            self._open(image, feature, sample, index)
             for sample, feature in enumerate(features)
             for index, image in enumerate(feature.get("images", []))
         ]
-        tiles = self.processor.image_processor(images, return_tensors="pt", **self.processor.images_kwargs)
-        num_patches_list = [int(count) for count in tiles["num_patches"]]
-        if num_patches_list != expected:
-            raise ValueError(
-                f"`images` of this batch give {num_patches_list} tiles, but gave {expected} when they were counted. "
-                "Has a file changed since the start? Run again, with `--overwrite_cache`."
-            )
+        settings = {**self.processor.images_kwargs, "return_tensors": "pt"}
+        if as_bytes:
+            settings |= {"do_rescale": False, "do_normalize": False}
+        tiles = self.processor.image_processor(images, **settings)
+        counts = iter(tiles["num_patches"].tolist())
+        num_patches_list = []
+        for sample, feature in enumerate(features):
+            expected = [int(count) for count in feature.get("num_patches_list", ())]
+            found = [next(counts) for _ in feature.get("images", [])]
+            if found != expected:
+                raise ValueError(
+                    f"{_name(feature, sample)}: `images` give {found} tiles, but gave {expected} when they were "
+                    "counted. Has a file changed since the start? Run again, with `--overwrite_cache`."
+                )
+            num_patches_list += found
         return {"pixel_values": tiles["pixel_values"], "num_patches_list": num_patches_list}
+
+    def _open(self, image: Any, feature: Mapping[str, Any], sample: int, index: int) -> Image.Image:
+        try:
+            return self.processor.open_image(_loaded(image), sample, index)
+        except Exception as error:  # decoders raise what they like, and a worker's traceback names no record
+            if "id" not in feature and isinstance(error, ValueError):
+                raise  # it names the sample
+            name = image if isinstance(image, str) else f"number {index}"
+            raise ValueError(
+                f"{_name(feature, sample)}: `images` {name} cannot be read: {error}. Mend the file, or leave it out."
+            ) from error
 
     def _check_images(self, sample: int, feature: Mapping[str, Any]) -> None:
         visual = [place for place, token in enumerate(feature["input_ids"]) if token == self.image_token_id]
@@ -500,3 +521,8 @@ class ReasoningCollator:
             )
         if self.latent_token_id in feature["input_ids"][: visual[-1]]:
             raise ValueError(f"Sample {sample}: a thought stands before an image. Put the images into the question.")
+
+
+def _name(feature: Mapping[str, Any], sample: int) -> str:
+    """A sample for an error: its record, or without an `id` its place in the batch."""
+    return f"Record {feature['id']!r}" if "id" in feature else f"Sample {sample}"

@@ -198,6 +198,14 @@ def count_positions(
     return position_ids
 
 
+def _check_pixels(pixel_values: torch.Tensor) -> None:
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"`pixel_values` is {pixel_values.dtype}, expected normalised floats. Give them through "
+            "`processor.normalize_pixels`, which `StageTrainer` calls, or leave out `normalize_on_device`."
+        )
+
+
 class InternVLChatBackbone(InternVLModel):
     """The native backbone, which also takes dummy tiles and the tiles of each image, and checks them."""
 
@@ -224,6 +232,7 @@ class InternVLChatBackbone(InternVLModel):
             if world_size() > 1 and (self.training or is_sharded(self)):
                 pixel_values, tiles = torch.zeros((1, *tile), dtype=self.dtype, device=input_ids.device), []
         else:
+            _check_pixels(pixel_values)
             if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != tile:
                 raise ValueError(
                     f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected (sum of tiles, {tile[0]}, "
@@ -243,6 +252,11 @@ class InternVLChatBackbone(InternVLModel):
         image_mask = (input_ids == self.config.image_token_id).cpu()
         _check_image_tokens(image_mask, num_tiles, self.config.num_image_token, as_counts(num_patches_list))
         return pixel_values, tiles
+
+    def get_image_features(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """[`~transformers.InternVLModel.get_image_features`], which would take bytes for normalised values."""
+        _check_pixels(pixel_values)
+        return super().get_image_features(pixel_values, *args, **kwargs)
 
     def fuse(
         self,
@@ -695,6 +709,7 @@ class InternVLChatModel(InternVLForConditionalGeneration):
         """What a batch of prompts is answered, without the special tokens."""
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(self.device)
         if pixel_values is not None:
+            _check_pixels(pixel_values)
             inputs["pixel_values"] = pixel_values.to(self.device, self.dtype)
             inputs["num_patches_list"] = num_patches_list
         settings = {

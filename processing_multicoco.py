@@ -13,10 +13,11 @@ Nothing is ever cut, repeated or guessed: whatever does not fit is a `ValueError
 """
 
 import copy
+import functools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -26,11 +27,15 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageInput, load_image
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+    GotOcr2ImageProcessorKwargs,
+    GotOcr2ImageProcessorPil,
+    get_optimal_tiled_canvas,
+)
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .compat import DOWNLOAD_ERRORS, LOADER_KWARGS, read_json
+from .compat import DOWNLOAD_ERRORS, LOADER_KWARGS, TOKENIZER_KWARGS, TilesInPillow, pixel_table, read_json
 from .configuration_multicoco import (
     CHAT_TEMPLATE,
     END_LATENT_TOKEN,
@@ -70,12 +75,6 @@ RESERVED_TOKENS = (
 # What Pillow, numpy and a download raise of an image that cannot be read.
 UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, SyntaxError, *DOWNLOAD_ERRORS)
 UNREADABLE += (Image.DecompressionBombError,)
-# Arguments of `from_pretrained` that are the tokenizer's.
-TOKENIZER_KWARGS = ["padding_side", "truncation_side", "model_max_length", "split_special_tokens"]
-TOKENIZER_KWARGS += ["clean_up_tokenization_spaces", "extra_special_tokens", "additional_special_tokens"]
-TOKENIZER_KWARGS += ["add_bos_token", "add_eos_token", "add_prefix_space", "fix_mistral_regex", "from_slow", "legacy"]
-TOKENIZER_KWARGS += ["gguf_file", "tokenizer_type", "verbose"]
-TOKENIZER_KWARGS += PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
 
 _ASSISTANT_TURN = f"{TURN_START_TOKEN}assistant\n"
 _BLOCK_TEXT = re.compile(
@@ -149,6 +148,41 @@ def _refuse_reserved(text: str, sample: int) -> None:
                 f"Sample {sample}: `text` contains {token}, which only the processor may write. Remove or rephrase "
                 f"it; mark the place of an image by {IMAGE_PLACEHOLDER} and ask for thoughts by `num_thoughts`."
             )
+
+
+class ImageProcessorKwargs(GotOcr2ImageProcessorKwargs, total=False):
+    """The library's settings, and our own."""
+
+    draft_jpeg: bool
+
+
+class MultiCoCoImageProcessor(TilesInPillow, GotOcr2ImageProcessorPil):  # type: ignore[misc]  # fewer names
+    """
+    The library's image processor in fewer passes: its pixels bit for bit, its files, its settings and one more.
+
+    Args:
+        draft_jpeg (`bool`, defaults to `False`): Let the decoder halve large JPEG files, up to three times and never
+            below what is needed. Faster, but pixels differ, so it is saved. What comes decoded is taken as it is.
+    """
+
+    valid_kwargs = ImageProcessorKwargs
+    draft_jpeg = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The library's, by whose name it is saved; `draft_jpeg` only where it is on."""
+        values = {**super().to_dict(), "image_processor_type": "GotOcr2ImageProcessor"}
+        return {name: value for name, value in values.items() if name != "draft_jpeg" or value}
+
+    def grid(self, size: tuple[int, int], settings: dict[str, Any]) -> tuple[int, int] | None:
+        """Columns and rows of the tiles of a picture of this width and height; `None`: the library cuts it."""
+        tile = dict(settings["size"] or ())
+        if tile.keys() != {"height", "width"} or not isinstance(settings["resample"], int):
+            return None
+        if not settings["crop_to_patches"] or settings["max_patches"] <= 1:
+            return (1, 1) if settings["do_resize"] else None
+        limits = settings["min_patches"], settings["max_patches"]
+        grid: tuple[int, int] = get_optimal_tiled_canvas(size[::-1], (tile["height"], tile["width"]), *limits)
+        return grid
 
 
 class MultiCoCoProcessor(ProcessorMixin):
@@ -295,7 +329,7 @@ class MultiCoCoProcessor(ProcessorMixin):
             ValueError: the files of the checkpoint hold different numbers of thoughts, and `num_thoughts` is not
                 given, see [`~configuration_multicoco.check_saved_num_thoughts`]; or an argument is none of these.
         """
-        settings = {*GotOcr2ImageProcessorPil.valid_kwargs.__annotations__, "num_image_token", "chat_template"}
+        settings = {*ImageProcessorKwargs.__annotations__, "num_image_token", "chat_template"}
         settings |= {"image_processor", "tokenizer", *TOKENIZER_KWARGS}
         given = {name for name, value in kwargs.items() if value is not None}
         unknown = given - settings - {*HUB_KWARGS, *LOADER_KWARGS}
@@ -330,7 +364,7 @@ class MultiCoCoProcessor(ProcessorMixin):
         if original["model_type"] == "internvl_chat":
             height, width = config.vision_config.image_size
             is_cut = original.get("dynamic_image_size", True)
-            image_processor = GotOcr2ImageProcessorPil(
+            image_processor = MultiCoCoImageProcessor(
                 size={"height": height, "width": width},
                 crop_to_patches=True,
                 min_patches=original.get("min_dynamic_patch", 1),
@@ -339,10 +373,10 @@ class MultiCoCoProcessor(ProcessorMixin):
                 image_std=IMAGENET_DEFAULT_STD,
             )
         else:
-            image_processor = GotOcr2ImageProcessorPil.from_pretrained(name_or_path, **hub_kwargs)
+            image_processor = MultiCoCoImageProcessor.from_pretrained(name_or_path, **hub_kwargs)
         of_images = {name: settings[name] for name in image_processor.valid_kwargs.__annotations__ if name in settings}
         if of_images:
-            image_processor = GotOcr2ImageProcessorPil.from_dict({**image_processor.to_dict(), **of_images})
+            image_processor = MultiCoCoImageProcessor.from_dict({**image_processor.to_dict(), **of_images})
         of_text = {name: settings[name] for name in TOKENIZER_KWARGS if name in settings}
         return cls(
             settings.get("image_processor", image_processor),
@@ -437,7 +471,7 @@ class MultiCoCoProcessor(ProcessorMixin):
     ) -> tuple[dict[str, Any], list[list[int]]]:
         """`pixel_values` of a batch, if it has images, and for each text the number of tiles of each of its images."""
         opened = [
-            open_image(image, sample, index)
+            self.open_image(image, sample, index, images_kwargs)
             for sample, images in enumerate(nested_images)
             for index, image in enumerate(images)
         ]
@@ -450,6 +484,35 @@ class MultiCoCoProcessor(ProcessorMixin):
         counts = iter(tiles["num_patches"])
         nested_counts = [[int(next(counts)) for _ in images] for images in nested_images]
         return {"pixel_values": tiles["pixel_values"]}, nested_counts
+
+    def open_image(
+        self, image: Any, sample: int, index: int, images_kwargs: dict[str, Any] | None = None
+    ) -> Image.Image:
+        """[`~processing_multicoco.open_image`] as this processor has files decoded, see `draft_jpeg`."""
+        draft = getattr(self.image_processor, "draft", None)
+        settings = self.images_kwargs if images_kwargs is None else images_kwargs
+        return open_image(image, sample, index, draft and functools.partial(draft, **settings))
+
+    def normalize_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        The tiles that the image processor gives, bit for bit, from the bytes that [`ReasoningCollator`] gives with
+        `normalize_on_device`; on their device, which the host does not wait for.
+
+        Args:
+            pixel_values (`torch.ByteTensor` of shape `(num_tiles, 3, height, width)`): Tiles.
+
+        Raises:
+            ValueError: they are of another dtype.
+        """
+        if pixel_values.dtype != torch.uint8:
+            raise ValueError(
+                f"`pixel_values` is {pixel_values.dtype}, expected torch.uint8. Give the tiles as the collator gives "
+                "them with `normalize_on_device`, and once."
+            )
+        table = torch.from_numpy(pixel_table(self.image_processor, self.images_kwargs))
+        table = table.to(pixel_values.device, non_blocking=True)
+        channels = zip(table, pixel_values.unbind(dim=1), strict=True)
+        return torch.stack([numbers[plane.int()] for numbers, plane in channels], dim=1)
 
     def _write(self, text: str, num_patches_list: list[int], num_thoughts: NumThoughts, sample: int) -> str:
         """The text with its image runs and its block of thoughts, the given one or its own."""
@@ -663,10 +726,11 @@ def plain_processor(processor: MultiCoCoProcessor) -> MultiCoCoProcessor:
 
 
 def _on_pillow(image_processor: Any) -> GotOcr2ImageProcessorPil:
-    """InternVL's image processor with the settings of another; an auto class may make torchvision's."""
-    if isinstance(image_processor, GotOcr2ImageProcessorPil):
+    """Our image processor with the settings of the library's, of either back end; a subclass of a user's stays."""
+    is_own = isinstance(image_processor, GotOcr2ImageProcessorPil)
+    if is_own and type(image_processor) is not GotOcr2ImageProcessorPil:
         return image_processor
-    return GotOcr2ImageProcessorPil.from_dict(image_processor.to_dict())
+    return MultiCoCoImageProcessor.from_dict(image_processor.to_dict())
 
 
 def _is_nothing(value: object) -> bool:
@@ -697,9 +761,12 @@ def _nest_images(images: Any, texts: Sequence[str]) -> list[list[Any]]:
     return [[next(flat) for _ in range(count)] for count in wanted]
 
 
-def open_image(image: Any, sample: int, index: int) -> Image.Image:
+def open_image(
+    image: Any, sample: int, index: int, draft: Callable[[Image.Image], Image.Image] | None = None
+) -> Image.Image:
     """
     Any image that transformers understands, as RGB; transparency is dropped as in InternVL, not laid over white.
+    A file is opened through `draft`, which may have it decoded smaller.
 
     Raises:
         ValueError: it cannot be read, or is empty; names it as image `index` of `sample`.
@@ -707,15 +774,19 @@ def open_image(image: Any, sample: int, index: int) -> Image.Image:
     name = image if isinstance(image, (str, os.PathLike)) else type(image).__name__
     where = f"Sample {sample}, image {index} ({name!s:.200})"
     try:
-        if isinstance(image, (bytes, bytearray)):
-            image = Image.open(BytesIO(image))
-        elif isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
-            image = Image.open(image)  # `load_image` would turn a photograph by its EXIF, which InternVL does not
+        is_bytes = isinstance(image, (bytes, bytearray))
+        if is_bytes or (isinstance(image, (str, os.PathLike)) and os.path.isfile(image)):
+            # `load_image` would turn a photograph by its EXIF, which InternVL does not
+            image = Image.open(BytesIO(image) if is_bytes else image)
+            image = draft(image) if draft else image
         elif isinstance(image, (str, os.PathLike)):
             image = load_image(os.fspath(image))
         elif not isinstance(image, Image.Image):
             image = to_pil_image(np.asarray(image))
-        image = image.convert("RGB")
+        image.load()
+        if image.mode != "RGB" or "transparency" in image.info:
+            image = image.convert("RGB")  # a copy
+            image.info.pop("transparency", None)  # or the library lays that colour over white
     except UNREADABLE as error:
         raise ValueError(
             f"{where}: cannot be read as an image: {error}. Expected a PIL image, a path, a "

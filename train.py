@@ -72,7 +72,7 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
     if data_args.eval_file:
         records = data_args.read(data_args.eval_file, skip_bad_records=skip, needs_steps=False)
         eval_dataset = tokenize(records.each_once())
-    collator = ReasoningCollator(processor)
+    collator = ReasoningCollator(processor, normalize_on_device=data_args.normalize_on_device)
     callbacks = [CurriculumCallback(curriculum, train_dataset), CompletionCallback()]
     if eval_dataset is not None:
         judge = make_judge(eval_dataset, processor)

@@ -13,6 +13,7 @@ from ..compat import leave_out_shm_kernel
 from ..configuration_multicoco import CONTROL_FEEDBACK, STATE_FEEDBACKS
 from ..curriculum import CurriculumArguments, setting
 from ..evaluation.settings import RecordArguments, find_settings, make_parser
+from ..processing_multicoco import MultiCoCoProcessor
 
 
 @dataclass
@@ -60,8 +61,24 @@ class DataArguments(RecordArguments):
         "Longest sequence in tokens. A longer record is an error, never cut.", default=None
     )
     skip_bad_records: bool = setting("List and leave out defective records.", default=False)
+    draft_jpeg: bool | None = setting(
+        "true: decode large JPEG files smaller where their tiles need no more. Faster, but PIXELS DIFFER, so the "
+        "checkpoint keeps it for whoever asks it; its own value (false) if not given.",
+        default=None,
+    )
+    normalize_on_device: bool = setting(
+        "Send tiles to the device as bytes, a quarter of the size, and normalise them there. Same values.",
+        default=False,
+    )
     answer_every: str = setting("When `eval_file` is answered.", default="stage", choices=["stage", "epoch", "end"])
     answer_batch_size: int = setting("Prompts per generate call of one rank.", default=64)
+
+    def load_processor(self, name: str) -> MultiCoCoProcessor:
+        """As [`RecordArguments.load_processor`], and how files are decoded, which only a training may change."""
+        processor = super().load_processor(name)
+        if self.draft_jpeg is not None:
+            processor.image_processor.draft_jpeg = self.draft_jpeg
+        return processor
 
 
 class Settings(NamedTuple):

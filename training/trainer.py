@@ -170,6 +170,14 @@ class StageTrainer(Trainer):
         self.throughput.stop()
         super().save_model(*args, **kwargs)
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As [`~transformers.Trainer`]; tiles that came to the device as bytes are normalised there."""
+        inputs = super()._prepare_inputs(inputs)
+        pixel_values, normalize = inputs.get("pixel_values"), getattr(self.processing_class, "normalize_pixels", None)
+        if normalize and pixel_values is not None and pixel_values.dtype == torch.uint8:
+            inputs["pixel_values"] = normalize(pixel_values)
+        return inputs
+
     def create_model_card(
         self,
         *args: Any,
