@@ -180,6 +180,14 @@ def _count_tiles(
     return counts
 
 
+def _parts_of(processor: MultiCoCoProcessor) -> list[Any]:
+    """All that decides what a processor makes of a text and how many tiles of a picture."""
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    tokenizer.pop("padding"), tokenizer.pop("truncation")  # those of the last call
+    images = processor.image_processor.to_dict() | processor.images_kwargs
+    return [tokenizer, processor.chat_template, images, processor.num_image_token]
+
+
 def _has_other_files(table: HubDataset) -> bool:
     """Whether a picture is no longer as large as when its tiles were counted, or is gone."""
     columns = table.data.column("paths").chunks, table.data.column("bytes").chunks
@@ -267,7 +275,7 @@ class StageDataset(torch.utils.data.Dataset):
         if not isinstance(records, Records):
             records = load_records(records, needs_steps=curriculum.needs_steps, **how)
         limits = None if max_length is None else (max_length, vars(curriculum))
-        known = records.fingerprint and fingerprint_of(records.fingerprint, processor.fingerprint_parts(), limits)
+        known = records.fingerprint and fingerprint_of(records.fingerprint, _parts_of(processor), limits)
         table = make_table(
             _CheckRecords(records, processor, curriculum, max_length),
             len(records),

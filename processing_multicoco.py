@@ -14,7 +14,6 @@ Nothing is ever cut, repeated or guessed: whatever does not fit is a `ValueError
 
 import copy
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -273,13 +272,6 @@ class MultiCoCoProcessor(ProcessorMixin):
         self._chat_template = write_number(template, self._num_thoughts)
         if "tokenizer" in self.__dict__:  # the base class sets the template before it
             self.tokenizer.chat_template = self._chat_template
-
-    def fingerprint_parts(self) -> list[Any]:
-        """All that decides what it makes of a text and how many tiles of a picture, for the name of a cache."""
-        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        tokenizer.pop("padding"), tokenizer.pop("truncation")  # those of the last call
-        images = self.image_processor.to_dict() | self.images_kwargs
-        return [tokenizer, self.chat_template, images, self.num_image_token]
 
     @property
     def image_seq_length(self) -> int:
