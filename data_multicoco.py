@@ -6,7 +6,7 @@ records -> a table of token ids (checked once) -> StageDataset (composed lazily)
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -20,7 +20,7 @@ from .configuration_multicoco import IMAGE_CONTEXT_TOKEN, LATENT_TOKEN, TURN_END
 from .curriculum import ANSWER_MARK, CurriculumArguments, compose, draw_order, draw_rationale, draw_stage
 from .processing_multicoco import MultiCoCoProcessor, expand_image_tokens, open_image
 from .records import DatasetImage, Records, load_records, turns
-from .sources import fingerprint_of, list_defects, make_table, split_defects
+from .sources import fingerprint_of, list_defects, make_table
 
 
 # --- records -> tokens -------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ _TOKENS_SCHEMA = pa.schema(
         "lengths": pa.list_(pa.list_(pa.int32())),  # of question and answer; then of the steps of each rationale
         "num_patches_list": pa.list_(pa.int32()),
         "paths": pa.list_(pa.string()),  # of those images that are files
-        "bytes": pa.list_(pa.int64()),  # their sizes when their tiles were counted
+        "states": pa.list_(pa.list_(pa.int64())),  # of these files when their tiles were counted
         "defect": pa.string(),
     }
 )
@@ -100,7 +100,7 @@ class _CheckRecords:
                     )
                 lengths = [[len(step) for step in steps] for steps in rationales]
                 self._check_length(record, RecordShape(len(question), lengths, len(answer), counts))
-                paths = [image for image in record["images"] if isinstance(image, str)]
+                paths = [path for image in record["images"] if (path := _path_of(image)) is not None]
                 yield {
                     "row": number,
                     "id": json.dumps(record["id"]),
@@ -108,7 +108,7 @@ class _CheckRecords:
                     "lengths": [[len(question), len(answer)], *lengths],
                     "num_patches_list": counts,
                     "paths": paths,
-                    "bytes": [os.path.getsize(path) for path in paths],
+                    "states": [_state_of(path) for path in paths],
                 }
             except ValueError as error:
                 yield {"row": number, "defect": str(error)}
@@ -179,14 +179,33 @@ def _count_tiles(
     return counts
 
 
+def _path_of(image: Any) -> str | None:
+    return image.file() if isinstance(image, DatasetImage) else image if isinstance(image, str) else None
+
+
+def _state_of(path: str) -> list[int] | None:
+    """Bytes and time of the last change of a file; `None` if it is gone."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return None
+    return [state.st_size, state.st_mtime_ns]
+
+
 def _has_other_files(table: HubDataset) -> bool:
-    """Whether a picture is no longer as large as when its tiles were counted, or is gone."""
-    columns = table.data.column("paths").chunks, table.data.column("bytes").chunks
-    for paths, sizes in zip(*columns, strict=True):
-        for path, size in dict(zip(paths.flatten().to_pylist(), sizes.flatten().to_pylist(), strict=True)).items():
-            if not os.path.isfile(path) or os.path.getsize(path) != size:
-                return True
+    """Whether a picture has changed since its tiles were counted, or is gone."""
+    columns = table.data.column("paths").chunks, table.data.column("states").chunks
+    for paths, states in zip(*columns, strict=True):
+        known = dict(zip(paths.flatten().to_pylist(), states.flatten().to_pylist(), strict=True))
+        if any(_state_of(path) != state for path, state in known.items()):
+            return True
     return False
+
+
+def _has_steps(table: HubDataset) -> bool:
+    """Whether any record has a written step: then there are more lengths than those of questions and answers."""
+    chunks = table.data.column("lengths").chunks
+    return any(len(chunk.flatten().flatten()) > 2 * (len(chunk) - chunk.null_count) for chunk in chunks)
 
 
 class _Mixture:
@@ -267,7 +286,7 @@ class StageDataset(torch.utils.data.Dataset):
             records = load_records(records, needs_steps=curriculum.needs_steps, **how)
         limits = None if max_length is None else (max_length, vars(curriculum))
         known = records.fingerprint and fingerprint_of(records.fingerprint, processor.fingerprint_parts(), limits)
-        self._table = make_table(
+        self._table, self._places, defects = make_table(
             _CheckRecords(records, processor, curriculum, max_length),
             len(records),
             _TOKENS_SCHEMA,
@@ -276,11 +295,11 @@ class StageDataset(torch.utils.data.Dataset):
             desc="Tokenizing",
             **how,
         )
-        self._places, defects = split_defects(self._table)
         list_defects(defects)
         if not len(self._places):
             raise ValueError("No usable record is left. Check `records`, and the list of defects, if any.")
         self.records = records.select(self._places)
+        self._has_steps = _has_steps(self._table)
         self._mixture = _Mixture(self.records.by_set(), seed)
 
     @property
@@ -294,7 +313,21 @@ class StageDataset(torch.utils.data.Dataset):
         return int(self._clock[1])
 
     def set_stage(self, stage: int, epoch: int = 0) -> None:
-        """Composes all records at `stage` from now on; `epoch` only changes the draws."""
+        """
+        Composes all records at `stage` from now on; `epoch` only changes the draws.
+
+        Raises:
+            ValueError: no record has a written step, and those without get no thoughts.
+        """
+        rules = self.curriculum
+        stages = [0] if rules.mix == "uniform" and rules.mix_prob == 1 else range(rules.last_stage + 1)
+        has_thoughts = any(rules.counts(0, each)[0] for each in stages)
+        if rules.num_thoughts(rules.last_stage) and not self._has_steps and not has_thoughts:
+            raise ValueError(
+                f"`steps` is empty in all records, so that `--without_steps {rules.without_steps}` and `--mix "
+                f"{rules.mix}` would train no thought at any stage. Write steps, pass `--without_steps thoughts` (and "
+                "another `--mix` than uniform), or train with `--mode no_cot`."
+            )
         self._clock[0], self._clock[1] = stage, epoch
 
     def __len__(self) -> int:
@@ -329,10 +362,12 @@ class StageDataset(torch.utils.data.Dataset):
     def num_thoughts(self, index: int, stage: int) -> int | None:
         """
         The thoughts that a record was trained with at `stage`; `None` without a block. If its alternative rationales
-        were trained with different numbers, the most.
+        were trained with different numbers, the most. Where no record has steps, as in data that is only asked, they
+        may have been left out: it is then asked with the thoughts of the stage, whatever `without_steps` says.
         """
+        rules = self.curriculum if self._has_steps else replace(self.curriculum, without_steps="thoughts")
         num_steps = max(map(len, self.shape(index).rationales))
-        return self.curriculum.counts(num_steps, stage)[0] if self.curriculum.has_block else None
+        return rules.counts(num_steps, stage)[0] if rules.has_block else None
 
     def prompt(self, index: int, num_thoughts: int | None) -> dict[str, Any]:
         """A record as it is asked: with this many thoughts and nothing after them; `None` is no block."""
