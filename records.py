@@ -37,6 +37,7 @@ STEPS_FROM = {
     "lines": "all lines but the last are steps",
 }
 _HALF = re.compile("[\ud800-\udfff]")
+MAY_TURN_PNG = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # names of what holds an orientation
 TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that swap width and height
 
 
@@ -188,6 +189,10 @@ class DatasetImage:
             return self.open().size  # somewhere that only `datasets` reads
         with Image.open(file or BytesIO(value["bytes"])) as image:
             width, height = image.size
+            if image.format == "PNG":  # whose pixels would be decoded to look behind them for what turns it
+                content = value["bytes"] if file is None else Path(file).read_bytes()
+                if not any(mark in content for mark in MAY_TURN_PNG):
+                    return width, height
             return (height, width) if image.getexif().get(0x0112) in TURNED else (width, height)
 
     def file(self) -> str | None:

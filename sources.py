@@ -355,8 +355,7 @@ def make_table(
 
     def find() -> HubDataset | None:
         """The table, if it is whole and still true."""
-        mark = folder / COMPLETE
-        is_new = folder not in _opened and mark.is_file() and mark.stat().st_mtime > _STARTED  # by another of this run
+        is_new = folder not in _opened and _completed_at(folder) > _STARTED  # by another of this run
         if overwrite_cache and not is_new:
             return None
         table = _open_table(folder)
@@ -424,6 +423,13 @@ def _complete(folder: Path) -> None:
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.arrow"))}
     (folder / "partial").write_text(json.dumps(sizes))
     os.replace(folder / "partial", folder / COMPLETE)
+
+
+def _completed_at(folder: Path) -> float:
+    try:
+        return (folder / COMPLETE).stat().st_mtime
+    except OSError:  # not yet, or nobody lets us see it
+        return 0.0
 
 
 def _map_files(paths: Sequence[Path]) -> HubDataset:
