@@ -52,7 +52,7 @@ def load_records(
     needs_answer: bool = True,
     steps_from: str = "none",
     image_folder: str | os.PathLike | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | float | None = None,
     num_proc: int | None = None,
     overwrite_cache: bool = False,
 ) -> "Records":
@@ -81,8 +81,8 @@ def load_records(
             `None` there, and can be asked but not trained on.
         steps_from (`str`, defaults to `"none"`): What of an answer in `"conversations"` are steps, see `STEPS_FROM`.
         image_folder (`str`, *optional*): What image paths are relative to, in place of the folder of the file.
-        weights (`Sequence[float]`, *optional*): How often an epoch of [`StageDataset`] goes through each set; 1 if
-            not given.
+        weights (`Sequence[float]` or `float`, *optional*): How often an epoch of [`StageDataset`] goes through each
+            set, or all; if not given, 1 or the `repeat_time` of InternVL's file of sets.
         num_proc (`int`, *optional*): Processes that check. By default one for every 5,000 rows, at most one a core.
         overwrite_cache (`bool`, defaults to `False`): Check again what was checked before.
 
@@ -119,7 +119,9 @@ def load_records(
     return records
 
 
-def _weigh(sources: Sequence[Source], weights: Sequence[float] | None) -> None:
+def _weigh(sources: Sequence[Source], weights: Sequence[float] | float | None) -> None:
+    if isinstance(weights, (int, float)):
+        weights = [weights] * len(sources)
     if weights is not None and len(weights) != len(sources):
         raise ValueError(f"`weights` has {len(weights)} numbers for {len(sources)} sets. Give one for each.")
     given = [found.weight for found in sources] if weights is None else weights

@@ -23,7 +23,7 @@ from datasets import Image as ImageFeature
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_data import DEFECTS, RICH, as_list, picture, record, write
+from test_data import DEFECTS, RICH, picture, record, write
 from torch.utils.data import DataLoader
 from transformers import AddedToken
 
@@ -778,9 +778,7 @@ def test_numbers_and_texts_are_different_ids(folder):
 
 @pytest.mark.parametrize("num_proc", [1, 2])
 @pytest.mark.parametrize("kind", ["jsonl", "list"])
-def test_defects_of_tokens_and_pictures_are_reported_in_turn(
-    folder, small_batches, caplog, own_processor, kind, num_proc
-):
+def test_defects_of_tokens_are_reported_in_turn(folder, small_batches, caplog, own_processor, kind, num_proc):
     own_processor.tokenizer.add_tokens([AddedToken("<note>", lstrip=True, normalized=False)])
     (folder / "bad.png").write_bytes(b"no image")
     bad = {
@@ -838,16 +836,16 @@ def test_no_picture_is_decoded_before_it_is_needed(folder, processor, as_file):
 def test_turned_photographs_of_a_data_set_are_counted_as_they_are_opened(own_processor):
     own_processor.image_processor.max_patches = 2
     pictures = []
-    for orientation in range(1, 9):
+    for kind, orientation in itertools.product(("JPEG", "PNG"), range(1, 9)):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        pictures.append([as_bytes(picture(90, 30), "JPEG", exif=exif)])
+        pictures.append([as_bytes(picture(90, 30), kind, exif=exif)])
     dataset = StageDataset(of_pictures(pictures), own_processor, CurriculumArguments())
-    images = [dataset[index]["images"][0] for index in range(8)]
+    images = [dataset[index]["images"][0] for index in range(16)]
     assert [image.size() for image in images] == [image.open().size for image in images]
     assert {image.size() for image in images} == {(90, 30), (30, 90)}
-    expected = [count for index in range(8) for count in dataset[index]["num_patches_list"]]
-    batch = ReasoningCollator(own_processor)([dataset[index] for index in range(8)])
+    expected = [count for index in range(16) for count in dataset[index]["num_patches_list"]]
+    batch = ReasoningCollator(own_processor)([dataset[index] for index in range(16)])
     assert batch["num_patches_list"] == expected
 
 
@@ -872,7 +870,7 @@ def test_a_selection_of_a_data_set_has_its_own_pictures(processor):
     sizes = [(28 * width, 28) for width in range(1, 7)]
     source = of_pictures([[as_bytes(picture(*size))] for size in sizes])
     for changed in (
-        source.select([4, 1, 1, 0][::2]),
+        source.select([4, 1, 0]),
         source.shuffle(seed=3),
         source.filter(lambda row: row["id"] > "p2"),
     ):
@@ -888,10 +886,10 @@ def test_a_selection_of_a_data_set_has_its_own_pictures(processor):
 def test_workers_however_they_start_see_what_this_process_sees(folder, processor, kind):
     dataset = StageDataset(source_of(kind, folder), processor, CurriculumArguments(mix="linear"))
     again = pickle.loads(pickle.dumps(dataset))
-    loaders = [DataLoader(dataset, batch_size=4, collate_fn=as_list, num_workers=2, persistent_workers=True)]
+    loaders = [DataLoader(dataset, batch_size=4, collate_fn=list, num_workers=2, persistent_workers=True)]
     if kind == "embedded":
         spawned = {"num_workers": 1, "multiprocessing_context": "spawn", "persistent_workers": True}
-        loaders.append(DataLoader(dataset, batch_size=4, collate_fn=as_list, **spawned))
+        loaders.append(DataLoader(dataset, batch_size=4, collate_fn=list, **spawned))
     for stage, epoch in ((0, 0), (3, 1)):
         for each in (dataset, again):
             each.set_stage(stage, epoch)
