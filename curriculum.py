@@ -170,7 +170,7 @@ def draw_rationale(num_rationales: int, key: tuple[int, int, int]) -> int:
     return int(np.random.default_rng((*key, 1)).integers(num_rationales))  # 1: another stream than the stage's
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)  # two for each set of a mixture: one more, and each sample would draw anew
 def draw_order(count: int, key: tuple[int, int, int]) -> np.ndarray:
     """An order of so many things, `(count,)` indices. `key` is (seed, number of the set, how often it was used)."""
     return np.random.default_rng((*key, 2)).permutation(count)  # 2: another stream than the others'

@@ -7,7 +7,7 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, islice
 from typing import Any
 
@@ -21,7 +21,7 @@ from .configuration_multicoco import IMAGE_CONTEXT_TOKEN, LATENT_TOKEN, TURN_END
 from .curriculum import ANSWER_MARK, CurriculumArguments, compose, draw_order, draw_rationale, draw_stage
 from .processing_multicoco import MultiCoCoProcessor, expand_image_tokens, open_image
 from .records import DatasetImage, Records, load_records, turns
-from .sources import RowReader, fingerprint_of, list_defects, make_table, split_defects
+from .sources import RowReader, fingerprint_of, list_defects, make_table
 
 
 # --- records -> tokens -------------------------------------------------------------------------------------------
@@ -70,8 +70,8 @@ _TOKENS_SCHEMA = pa.schema(
         "ids": pa.list_(pa.int32()),  # question, the steps of all rationales, answer
         "lengths": pa.list_(pa.int32()),  # of question and answer; of each rationale how many steps, and theirs
         "num_patches_list": pa.list_(pa.int32()),
-        "paths": pa.list_(pa.string()),  # of those images that are files
-        "bytes": pa.list_(pa.int64()),  # their sizes when their tiles were counted
+        "paths": pa.list_(pa.string()),  # of those images that are files, of a data set too
+        "states": pa.list_(pa.list_(pa.int64())),  # of these files when their tiles were counted
         "defect": pa.string(),
     }
 )
@@ -101,7 +101,7 @@ class _CheckRecords:
                     )
                 lengths = [[len(step) for step in steps] for steps in rationales]
                 self._check_length(record, RecordShape(len(question), lengths, len(answer), counts))
-                paths = [image for image in record["images"] if isinstance(image, str)]
+                paths = [path for image in record["images"] if (path := _path_of(image)) is not None]
                 yield {
                     "row": number,
                     "id": json.dumps(record["id"]),
@@ -109,7 +109,7 @@ class _CheckRecords:
                     "lengths": [len(question), len(answer), *chain(*([len(way), *way] for way in lengths))],
                     "num_patches_list": counts,
                     "paths": paths,
-                    "bytes": [os.path.getsize(path) for path in paths],
+                    "states": [_state_of(path) for path in paths],
                 }
             except ValueError as error:
                 yield {"row": number, "defect": str(error)}
@@ -188,14 +188,33 @@ def _parts_of(processor: MultiCoCoProcessor) -> list[Any]:
     return [tokenizer, processor.chat_template, images, processor.num_image_token]
 
 
+def _path_of(image: Any) -> str | None:
+    return image.file() if isinstance(image, DatasetImage) else image if isinstance(image, str) else None
+
+
+def _state_of(path: str) -> list[int] | None:
+    """Bytes and time of the last change of a file; `None` if it is gone."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return None
+    return [state.st_size, state.st_mtime_ns]
+
+
 def _has_other_files(table: HubDataset) -> bool:
-    """Whether a picture is no longer as large as when its tiles were counted, or is gone."""
-    columns = table.data.column("paths").chunks, table.data.column("bytes").chunks
-    for paths, sizes in zip(*columns, strict=True):
-        for path, size in dict(zip(paths.flatten().to_pylist(), sizes.flatten().to_pylist(), strict=True)).items():
-            if not os.path.isfile(path) or os.path.getsize(path) != size:
-                return True
+    """Whether a picture has changed since its tiles were counted, or is gone."""
+    columns = table.data.column("paths").chunks, table.data.column("states").chunks
+    for paths, states in zip(*columns, strict=True):
+        known = dict(zip(paths.flatten().to_pylist(), states.flatten().to_pylist(), strict=True))
+        if any(_state_of(path) != state for path, state in known.items()):
+            return True
     return False
+
+
+def _has_steps(table: HubDataset) -> bool:
+    """Whether any record has a written step: then there are more lengths than three a record."""
+    chunks = table.data.column("lengths").chunks
+    return any(len(chunk.flatten()) > 3 * (len(chunk) - chunk.null_count) for chunk in chunks)
 
 
 class _Mixture:
@@ -276,7 +295,7 @@ class StageDataset(torch.utils.data.Dataset):
             records = load_records(records, needs_steps=curriculum.needs_steps, **how)
         limits = None if max_length is None else (max_length, vars(curriculum))
         known = records.fingerprint and fingerprint_of(records.fingerprint, _parts_of(processor), limits)
-        table = make_table(
+        table, self._places, defects = make_table(
             _CheckRecords(records, processor, curriculum, max_length),
             len(records),
             _TOKENS_SCHEMA,
@@ -286,11 +305,11 @@ class StageDataset(torch.utils.data.Dataset):
             **how,
         )
         self._rows = RowReader(table)
-        self._places, defects = split_defects(table)
         list_defects(defects)
         if not len(self._places):
             raise ValueError("No usable record is left. Check `records`, and the list of defects, if any.")
         self.records = records.select(self._places)
+        self._has_steps = _has_steps(table)
         self._mixture = _Mixture(self.records.by_set(), seed)
 
     @property
@@ -304,7 +323,21 @@ class StageDataset(torch.utils.data.Dataset):
         return int(self._clock[1])
 
     def set_stage(self, stage: int, epoch: int = 0) -> None:
-        """Composes all records at `stage` from now on; `epoch` only changes the draws."""
+        """
+        Composes all records at `stage` from now on; `epoch` only changes the draws.
+
+        Raises:
+            ValueError: no record has a written step, and those without get no thoughts.
+        """
+        rules = self.curriculum
+        stages = [0] if rules.mix == "uniform" and rules.mix_prob == 1 else range(rules.last_stage + 1)
+        has_thoughts = any(rules.counts(0, each)[0] for each in stages)
+        if rules.num_thoughts(rules.last_stage) and not self._has_steps and not has_thoughts:
+            raise ValueError(
+                f"`steps` is empty in all records, so that `--without_steps {rules.without_steps}` and `--mix "
+                f"{rules.mix}` would train no thought at any stage. Write steps, pass `--without_steps thoughts` (and "
+                "another `--mix` than uniform), or train with `--mode no_cot`."
+            )
         self._clock[0], self._clock[1] = stage, epoch
 
     def __len__(self) -> int:
@@ -339,10 +372,12 @@ class StageDataset(torch.utils.data.Dataset):
     def num_thoughts(self, index: int, stage: int) -> int | None:
         """
         The thoughts that a record was trained with at `stage`; `None` without a block. If its alternative rationales
-        were trained with different numbers, the most.
+        were trained with different numbers, the most. Where no record has steps, as in data that is only asked, they
+        may have been left out: it is then asked with the thoughts of the stage, whatever `without_steps` says.
         """
+        rules = self.curriculum if self._has_steps else replace(self.curriculum, without_steps="thoughts")
         num_steps = max(map(len, self.shape(index).rationales))
-        return self.curriculum.counts(num_steps, stage)[0] if self.curriculum.has_block else None
+        return rules.counts(num_steps, stage)[0] if rules.has_block else None
 
     def prompt(self, index: int, num_thoughts: int | None) -> dict[str, Any]:
         """A record as it is asked: with this many thoughts and nothing after them; `None` is no block."""
@@ -373,14 +408,15 @@ class StageDataset(torch.utils.data.Dataset):
         def piece(length: int) -> list[int]:
             return list(islice(ids, length))
 
-        paths = self._rows.value("paths", row)
         return TokenizedRecord(
             id=json.loads(self._rows.value("id", row)),
             question=piece(shape.question),
             rationales=[[piece(length) for length in steps] for steps in shape.rationales],
             answer=piece(shape.answer),
             num_patches_list=shape.num_patches_list,
-            images=paths if len(paths) == len(shape.num_patches_list) else self.records.images_of(record),
+            images=self._rows.value("paths", row)
+            if self.records.are_paths(record)
+            else self.records.images_of(record),
         )
 
     def shape(self, index: int) -> RecordShape:
@@ -496,7 +532,7 @@ class ReasoningCollator:
             if found != expected:
                 raise ValueError(
                     f"{_name(feature, sample)}: `images` give {found} tiles, but gave {expected} when they were "
-                    "counted. Has a file changed since the start? Run again, with `--overwrite_cache`."
+                    "counted. Has a file changed since the start? Run again."
                 )
             num_patches_list += found
         return {"pixel_values": tiles["pixel_values"], "num_patches_list": num_patches_list}

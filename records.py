@@ -6,6 +6,7 @@ What comes from files is checked once and kept in Arrow files, which all process
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -35,6 +36,8 @@ STEPS_FROM = {
     "think": "the lines between <think> and </think> are steps, what follows is the answer",
     "lines": "all lines but the last are steps",
 }
+_HALF = re.compile("[\ud800-\udfff]")
+MAY_TURN_PNG = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # names of what holds an orientation
 TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that swap width and height
 
 
@@ -78,8 +81,8 @@ def load_records(
             `None` there, and can be asked but not trained on.
         steps_from (`str`, defaults to `"none"`): What of an answer in `"conversations"` are steps, see `STEPS_FROM`.
         image_folder (`str`, *optional*): What image paths are relative to, in place of the folder of the file.
-        weights (`Sequence[float]`, *optional*): How often an epoch of [`StageDataset`] goes through each set; 1 if
-            not given.
+        weights (`Sequence[float]`, *optional*): How often an epoch of [`StageDataset`] goes through each set; if not
+            given, once, or the `repeat_time` of InternVL's file of sets.
         num_proc (`int`, *optional*): Processes that check. By default one for every 5,000 rows, at most one a core.
         overwrite_cache (`bool`, defaults to `False`): Check again what was checked before.
 
@@ -119,7 +122,8 @@ def load_records(
 def _weigh(sources: Sequence[Source], weights: Sequence[float] | None) -> None:
     if weights is not None and len(weights) != len(sources):
         raise ValueError(f"`weights` has {len(weights)} numbers for {len(sources)} sets. Give one for each.")
-    for found, weight in zip(sources, weights or [found.weight for found in sources], strict=True):
+    given = [found.weight for found in sources] if weights is None else weights
+    for found, weight in zip(sources, given, strict=True):
         found.weight = weight
         if not 0 < weight < float("inf"):
             raise ValueError(f"`weights`: that of {found.name} is {weight}, expected a number above 0. Correct it.")
@@ -167,7 +171,8 @@ class DatasetImage:
     def open(self) -> Any:
         """The image as the data set decodes it; `None` where the row has none."""
         value = self.dataset[self.row][self.column]
-        return value if self.index is None else value[self.index]
+        value = value if self.index is None else value[self.index]
+        return ImageFeature().decode_example(value) if isinstance(value, dict) else value  # of `decode=False`
 
     def size(self) -> tuple[int, int]:
         """
@@ -176,13 +181,33 @@ class DatasetImage:
         Raises:
             OSError: it is none, or cannot be read.
         """
-        cell = self.dataset.with_format("arrow")[self.row][self.column][0]
-        value = (cell if self.index is None else cell[self.index]).as_py()
-        if value["bytes"] is None and not os.path.isfile(value["path"] or ""):
+        value = self._stored()
+        if value is None:
+            raise OSError("there is none")
+        file = _file_of(value)
+        if value["bytes"] is None and file is None:
             return self.open().size  # somewhere that only `datasets` reads
-        with Image.open(value["path"] if value["bytes"] is None else BytesIO(value["bytes"])) as image:
+        with Image.open(file or BytesIO(value["bytes"])) as image:
             width, height = image.size
+            if image.format == "PNG":  # whose pixels would be decoded to look behind them for what turns it
+                content = value["bytes"] if file is None else Path(file).read_bytes()
+                if not any(mark in content for mark in MAY_TURN_PNG):
+                    return width, height
             return (height, width) if image.getexif().get(0x0112) in TURNED else (width, height)
+
+    def file(self) -> str | None:
+        """The path of the file that it is read from; `None` if the data set has its bytes."""
+        return _file_of(self._stored())
+
+    def _stored(self) -> Any:
+        cell = self.dataset.with_format("arrow")[self.row][self.column][0]
+        return (cell if self.index is None else cell[self.index]).as_py()
+
+
+def _file_of(value: Mapping[str, Any] | None) -> str | None:
+    if value is None or value["bytes"] is not None or not os.path.isfile(value["path"] or ""):
+        return None
+    return value["path"]
 
 
 @dataclass
@@ -266,6 +291,11 @@ class Records(Sequence):
         """The images of a record, without reading its texts."""
         one, place = self._find(index)
         return one.images_of(place)
+
+    def are_paths(self, index: int) -> bool:
+        """Whether all images of a record are paths, as those from JSON files are."""
+        one, _ = self._find(index)
+        return one.images is None and not isinstance(one.rows, list)
 
     def select(self, indices: np.ndarray) -> "Records":
         """The records with these indices, in this order."""
@@ -384,7 +414,7 @@ def _check_set(
         check, origin = _CheckRows(source.rows, None, columns, wanted), source.rows.digest
     files = source.rows.files if isinstance(source.rows, Lines) else []
     fingerprint = fingerprint_of(origin, files, columns, vars(wanted))
-    table = make_table(
+    table, good, defects = make_table(
         check,
         len(source.rows),
         _RECORD_SCHEMA,
@@ -392,21 +422,9 @@ def _check_set(
         num_proc=num_proc,
         skip_bad_records=skip_bad_records,
         overwrite_cache=overwrite_cache,
+        split=_split_rows,
         desc=f"Checking {source.name}",
     )
-    good, defects = split_defects(table)
-    ids = table.data.column("id").drop_null()
-    if pc.count_distinct(ids).as_py() < len(ids):
-        doubles, seen = [], set()
-        for place in good.tolist():
-            one = table.data.column("id")[place].as_py()
-            if one in seen:
-                doubles.append(place)
-                defects.append(_stands_twice(json.loads(one)))
-            seen.add(one)
-        if not skip_bad_records:
-            raise ValueError(defects[0])
-        good = np.setdiff1d(good, doubles)
     return RecordSet(table, source.name, images, source.weight, fingerprint=fingerprint), good, defects
 
 
@@ -414,14 +432,12 @@ def _check_list(
     rows: list, source: Source, columns: Mapping[str, str], wanted: _Wanted, skip_bad_records: bool
 ) -> tuple[RecordSet, np.ndarray, list[str]]:
     records: list[dict[str, Any]] = []
-    defects, seen = [], set()
+    defects: list[str] = []
+    seen: set[str | int] = set()
     for number, row in enumerate(rows):
         try:
             found = list(_check_row(row, number, columns, wanted))  # all of them, or none
-            for record in found:
-                if record["id"] in seen:
-                    raise ValueError(_stands_twice(record["id"]))
-                seen.add(record["id"])
+            _add_ids([record["id"] for record in found], seen)
             records += found
         except ValueError as error:
             if not skip_bad_records:
@@ -430,8 +446,32 @@ def _check_list(
     return RecordSet(records, source.name, weight=source.weight), np.arange(len(records)), defects
 
 
-def _stands_twice(name: str | int) -> str:
-    return f"Record {name!r}: `id` stands twice. Give every record its own."
+def _split_rows(table: HubDataset) -> tuple[np.ndarray, list[str]]:
+    """As [`split_defects`], but a row with an id that stands before it is a defect too, with all its records."""
+    ids = table.data.column("id").drop_null()
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return split_defects(table)
+    rows, names, texts = (table.data.column(name).to_pylist() for name in ("row", "id", "defect"))
+    good: list[int] = []
+    defects: list[str] = []
+    seen: set[str | int] = set()
+    for _, group in itertools.groupby(range(len(rows)), key=rows.__getitem__):
+        places = list(group)
+        try:
+            if texts[places[0]] is not None:
+                raise ValueError(texts[places[0]])
+            _add_ids([json.loads(names[place]) for place in places], seen)
+            good += places
+        except ValueError as error:
+            defects.append(str(error))
+    return np.array(good, dtype=np.int64), defects
+
+
+def _add_ids(names: list[str | int], seen: set[str | int]) -> None:
+    for place, name in enumerate(names):
+        if name in seen or name in names[:place]:
+            raise ValueError(f"Record {name!r}: `id` stands twice. Give every record its own.")
+    seen.update(names)
 
 
 def _check_dataset(
@@ -440,6 +480,11 @@ def _check_dataset(
     """Without its column of images, if it has one: how many each row has is known without reading them."""
     if missing := [name for name in columns.values() if name not in dataset.column_names]:
         raise ValueError(f"`columns` names {missing}, but the data set has {dataset.column_names}. Correct the names.")
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "The data set has a transform of its own, which would be left out. Apply it with `map`, or take it off "
+            "with `reset_format`."
+        )
     dataset = dataset.with_format(None)
     column = columns.get("images", "images" if "images" in dataset.column_names else "image")
     feature = dataset.features.get(column)
@@ -615,6 +660,8 @@ def _unreserved(record: dict, name: str, where: str, wanted: _Wanted) -> Any:
         for token in tokens:
             if token in text:
                 raise ValueError(f"{where}: `{name}` contains {token}, which is reserved. Remove or rephrase it.")
+        if not _is_unicode(text):
+            raise ValueError(f"{where}: `{name}` {text!r:.100} holds half a character. Write it as UTF-8.")
     return record[name]
 
 
@@ -625,7 +672,7 @@ def _images(record: dict, name: str, where: str, wanted: _Wanted) -> list[Any]:
 
 
 def _image(image: Any, where: str, wanted: _Wanted) -> Any:
-    """The absolute path of a file; an image of any other kind as it is."""
+    """The absolute path of a file, links as they are; an image of any other kind as it is."""
     if isinstance(image, (DatasetImage, Image.Image, bytes)):
         return image
     if not isinstance(image, (str, os.PathLike)):
@@ -633,7 +680,10 @@ def _image(image: Any, where: str, wanted: _Wanted) -> Any:
             f"{where}: `images` holds a {type(image).__name__}, expected a path, a PIL image or bytes. "
             "Change it, or leave it out."
         )
-    path = (wanted.folder / image if wanted.folder is not None else Path(image)).resolve()
+    if not _is_unicode(str(image)) or "\0" in str(image):
+        raise ValueError(f"{where}: `images` names {str(image)!r:.200}, which is no path. Rename the file.")
+    given = wanted.folder / image if wanted.folder is not None else Path(image).absolute()
+    path = given.resolve()
     if wanted.folder is not None and not wanted.allow_outside and not path.is_relative_to(wanted.folder):
         raise ValueError(
             f"{where}: `images` leaves the folder of the data: {image}. Move the image, or pass `--allow_outside`."
@@ -642,7 +692,7 @@ def _image(image: Any, where: str, wanted: _Wanted) -> Any:
         raise ValueError(
             f"{where}: `images` names {path!s:.200}, which does not exist. Paths are relative to the file of records."
         )
-    return str(path)
+    return str(path if ".." in given.parts else given)  # a link may lead elsewhere when the table is read again
 
 
 def _placed(record: dict, name: str, where: str, wanted: _Wanted) -> str:
@@ -662,6 +712,11 @@ def _placed(record: dict, name: str, where: str, wanted: _Wanted) -> str:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written to a file: JSON can also hold halves of characters beyond 16 bits."""
+    return text.isascii() or _HALF.search(text) is None
 
 
 def _are_texts(value: Any) -> bool:

@@ -4,6 +4,7 @@ A source is what a user names: files, a data set, or Python objects. A table is 
 Arrow files that all processes of a machine read: [`make_table`].
 """
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -35,7 +36,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
-COMPLETE = "files.json"  # names the files of a table that was written to its end
+COMPLETE = "files.json"  # names the files of a table that was written to its end, with their sizes
 BATCH = 500  # rows that are checked at a time
 ROWS_OF_A_PROCESS = 5000  # fewer are not worth one more process
 # A change of any of these files makes all tables anew.
@@ -104,10 +105,28 @@ def find_sources(source: Any, split: str, image_folder: str | os.PathLike | None
         )
     rows = list(source)
     if rows and all(isinstance(row, (str, os.PathLike)) for row in rows):
-        if doubles := [word for word in rows if rows.count(word) > 1]:
-            raise ValueError(f"`source` names {doubles[0]} twice. Name it once, and give it a weight of 2.")
-        return [found for row in rows for found in _open_source(os.fspath(row), split, image_folder)]
+        return _open_sources([os.fspath(row) for row in rows], split, image_folder)
     return [Source(f"a {type(source).__name__}", rows, _folder(image_folder))]
+
+
+def _open_sources(words: Sequence[str], split: str, image_folder: str | os.PathLike | None) -> list[Source]:
+    """The sets of all words, none of them twice: they would count twice, and share the names in the ids."""
+    places = [os.path.realpath(word) if os.path.exists(word) else word for word in words]
+    for word, place in zip(words, places, strict=True):
+        if places.count(place) > 1:
+            raise ValueError(f"`source` names {word} twice. Name it once, and give it a weight of 2.")
+    sets = [found for word in words for found in _open_source(word, split, image_folder)]
+    owners: dict[Path, str] = {}
+    for found in sets:
+        if [one.name for one in sets].count(found.name) > 1:
+            raise ValueError(f"`source` has two sets with the name {found.name}. Rename one: ids begin with it.")
+        for file in found.rows.files if isinstance(found.rows, Lines) else []:
+            if owners.setdefault(file.resolve(), found.name) != found.name and len(words) > 1:
+                raise ValueError(
+                    f"`source` reads {file} for {owners[file.resolve()]} and again for {found.name}. Name it once, "
+                    "and give it a weight of 2."
+                )
+    return sets
 
 
 def _folder(image_folder: str | os.PathLike | None, name: str = "`--image_folder`") -> Path | None:
@@ -125,20 +144,26 @@ def _open_source(word: str, split: str, image_folder: str | os.PathLike | None) 
         paths = sorted(glob.glob(word, recursive=True))
         if not paths:
             raise ValueError(f"`{word}` matches no file. Check the pattern.")
-    kinds, folders = {Path(path).suffix for path in paths}, {Path(path).parent.resolve() for path in paths}
+    kinds = {Path(path).suffix for path in paths}
     if kinds <= {".json", ".jsonl"}:
         files = [Path(path) for path in paths]
         if len(files) == 1 and (sets := _sets_of_internvl(files[0], image_folder)) is not None:
             return sets
-        if len(folders) > 1 and image_folder is None:
-            raise ValueError(f"`{word}` matches files in several folders. Give `--image_folder`, or each by itself.")
-        return [Source(word, _scan(files), _folder(image_folder) or folders.pop())]
+        return [Source(word, _scan(files), _folder_of(files, word, image_folder))]
     if kinds == {".parquet"}:
-        rows = _load_dataset("parquet", split, word, data_files={split: paths})  # which may hold its images
-        return [Source(word, rows, _folder(image_folder) or (folders.pop() if len(folders) == 1 else None))]
+        rows = _load_dataset("parquet", split, word, data_files={split: paths})
+        return [Source(word, rows, _folder_of([Path(path) for path in paths], word, image_folder))]
     if len(paths) > 1:
         raise ValueError(f"`{word}` matches {sorted(kinds)}, expected .jsonl and .json, or .parquet. Narrow it down.")
     return [Source(word, _load_dataset(word, split, word), _folder(image_folder))]
+
+
+def _folder_of(files: Sequence[Path], word: str, image_folder: str | os.PathLike | None) -> Path:
+    """What the image paths in these files are relative to."""
+    folders = {file.parent.resolve() for file in files}
+    if len(folders) > 1 and image_folder is None:
+        raise ValueError(f"`{word}` matches files in several folders. Give `--image_folder`, or each by itself.")
+    return _folder(image_folder) or folders.pop()
 
 
 def _sets_of_internvl(path: Path, image_folder: str | os.PathLike | None) -> list[Source] | None:
@@ -147,13 +172,10 @@ def _sets_of_internvl(path: Path, image_folder: str | os.PathLike | None) -> lis
     `None` if it is another. Paths are relative to the working folder, as there. A set without `root` has its images
     where those of other files are.
     """
-    if (
-        path.suffix != ".json"
-        or not path.is_file()
-        or not path.read_bytes().lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{"
-    ):
+    content = path.read_bytes() if path.suffix == ".json" and path.is_file() else b""
+    if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         return None
-    sets = _parse(path, path.read_bytes())
+    sets = _parse(path, content)
     if not sets or not all(isinstance(one, Mapping) and "annotation" in one for one in sets.values()):
         raise ValueError(
             f"`{path}` holds a dict, expected a list of records. Put [ and ] around them. (InternVL's file of sets "
@@ -296,8 +318,9 @@ def make_table(
     skip_bad_records: bool = False,
     overwrite_cache: bool = False,
     is_stale: Callable[[HubDataset], bool] | None = None,
+    split: Callable[[HubDataset], tuple[np.ndarray, list[str]]] | None = None,
     desc: str = "",
-) -> HubDataset:
+) -> tuple[HubDataset, np.ndarray, list[str]]:
     """
     The rows that `check` gives for the numbers from 0, in an Arrow table that is mapped from files in the cache of
     `datasets` (`HF_DATASETS_CACHE`): made by the first process that asks, while all others of the machine wait.
@@ -312,30 +335,33 @@ def make_table(
             than stop at the first.
         overwrite_cache (`bool`, defaults to `False`): Make it anew.
         is_stale (`Callable`, *optional*): Whether something has changed that the fingerprint does not know.
+        split (`Callable`, *optional*): Tells good rows from defects, in place of [`split_defects`].
         desc (`str`): What the progress bar says.
+
+    Returns:
+        The table, the indices of its good rows, and the defects of the others.
 
     Raises:
         ValueError: the first defect; or the cache cannot be written.
     """
+
+    def checked(table: HubDataset) -> tuple[HubDataset, np.ndarray, list[str]]:
+        good, defects = (split or split_defects)(table)
+        if defects and not skip_bad_records:  # a table of an earlier start, that skipped them, may have some too
+            raise ValueError(defects[0])
+        return table, good, defects
+
+    if num_proc is not None and num_proc < 1:
+        raise ValueError(f"`--dataset_num_proc` must be at least 1, got {num_proc}.")
     if fingerprint is None or not count:
         batch = _CheckBatch(check, schema, None)
         parts = [batch(range(start, min(start + BATCH, count))) for start in range(0, count, BATCH)]
-        table = HubDataset(pa.concat_tables([schema.empty_table(), *parts])).with_format("arrow")
-        _raise_first(table, skip_bad_records)
-        return table
+        return checked(HubDataset(pa.concat_tables([schema.empty_table(), *parts])).with_format("arrow"))
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "multicoco" / fingerprint
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"`HF_DATASETS_CACHE`: no folder can be made in {folder.parent.parent}: {error}. Set it to one that "
-            "can be written."
-        ) from error
 
     def find() -> HubDataset | None:
         """The table, if it is whole and still true."""
-        mark = folder / COMPLETE
-        is_new = folder not in _opened and mark.is_file() and mark.stat().st_mtime > _STARTED  # by another of this run
+        is_new = folder not in _opened and _completed_at(folder) > _STARTED  # by another of this run
         if overwrite_cache and not is_new:
             return None
         table = _open_table(folder)
@@ -345,20 +371,42 @@ def make_table(
 
     table = find()
     if table is None:
-        with WeakFileLock(f"{folder}.lock"):
+        with _lock(folder):
             table = find()  # another process may have made it while this one waited
             if table is None:
                 work = _CheckBatch(check, schema, None if skip_bad_records else folder / "stop")
                 table = _write_table(folder, work, count, num_proc, desc)
-                _raise_first(table, skip_bad_records)
+                checked(table)
                 _complete(folder)
     _opened.add(folder)
-    return table
+    return checked(table)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """While it is held, no other process of the machine makes this table."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(WeakFileLock(f"{folder}.lock"))
+        except OSError as error:
+            raise _not_writable(folder, error) from error
+        yield
+
+
+def _not_writable(folder: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"`HF_DATASETS_CACHE`: no folder can be made in {folder.parent.parent}: {error}. Set it to one that can be "
+        "written."
+    )
 
 
 def _write_table(folder: Path, work: _CheckBatch, count: int, num_proc: int | None, desc: str) -> HubDataset:
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise _not_writable(folder, error) from error
     if num_proc is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         num_proc = min(cores, count // ROWS_OF_A_PROCESS)
@@ -378,9 +426,16 @@ def _write_table(folder: Path, work: _CheckBatch, count: int, num_proc: int | No
 
 
 def _complete(folder: Path) -> None:
-    names = sorted(path.name for path in folder.glob("*.arrow"))
-    (folder / "partial").write_text(json.dumps(names))
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.arrow"))}
+    (folder / "partial").write_text(json.dumps(sizes))
     os.replace(folder / "partial", folder / COMPLETE)
+
+
+def _completed_at(folder: Path) -> float:
+    try:
+        return (folder / COMPLETE).stat().st_mtime
+    except OSError:  # not yet, or nobody lets us see it
+        return 0.0
 
 
 def _map_files(paths: Sequence[Path]) -> HubDataset:
@@ -388,15 +443,17 @@ def _map_files(paths: Sequence[Path]) -> HubDataset:
 
 
 def _open_table(folder: Path) -> HubDataset | None:
-    """The table, if it was written to its end."""
+    """The table, if it was written to its end and is so still: a disk that was full or a copy may have cut it."""
     try:
-        return _map_files([folder / name for name in json.loads((folder / COMPLETE).read_text())])
-    except FileNotFoundError:  # never written, or being written anew
+        sizes = json.loads((folder / COMPLETE).read_text())
+        table = _map_files([folder / name for name in sizes])
+        return table if all((folder / name).stat().st_size == size for name, size in sizes.items()) else None
+    except (OSError, ValueError):  # never written, cut, or being written anew
         return None
 
 
 class RowReader:
-    """Single rows of a table, straight from its Arrow buffers: a hundred times as often asked for as made."""
+    """Single rows of a table, straight from its Arrow buffers: a sample needs them, and `datasets` takes its time."""
 
     def __init__(self, table: HubDataset):
         self.table = table
@@ -431,12 +488,6 @@ def split_defects(table: HubDataset) -> tuple[np.ndarray, list[str]]:
     if column.null_count == len(column):
         return np.arange(len(column)), []
     return np.flatnonzero(column.is_null().to_numpy()), column.drop_null().to_pylist()
-
-
-def _raise_first(table: HubDataset, skip_bad_records: bool) -> None:
-    _, defects = split_defects(table)
-    if defects and not skip_bad_records:
-        raise ValueError(defects[0])
 
 
 def _has_changed(table: HubDataset, check: Callable[[Sequence[int]], Iterable[dict[str, Any]]]) -> bool:

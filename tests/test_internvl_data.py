@@ -161,20 +161,19 @@ def test_switches_of_a_set_that_are_not_followed_are_named(sets_file, tmp_path, 
     assert "['max_dynamic_patch'] are not followed" in line
 
 
-def test_a_picture_that_changed_but_for_its_size_in_bytes_is_mended_as_the_error_says(processor, tmp_path):
-    """To run again, as it said, did not help: the tiles were read from the cache again."""
+def test_a_picture_that_changed_after_the_start_is_counted_anew_at_the_next(processor, tmp_path):
     picture, rows = tmp_path / "x.bmp", tmp_path / "mine.jsonl"
     record = {"images": ["x.bmp"], "question": "Which?", "steps": ["Look."], "answer": "This."}
     write_rows(rows, [record])
     Image.new("RGB", (84, 84)).save(picture)
-    StageDataset(str(rows), processor, CurriculumArguments())
+    dataset = StageDataset(str(rows), processor, CurriculumArguments())
     size = picture.stat().st_size
     Image.new("RGB", (48, 147)).save(picture)
     assert picture.stat().st_size == size
     collator = ReasoningCollator(processor)
-    with pytest.raises(ValueError, match="gave .* when they were counted.*`--overwrite_cache`"):
-        collator([StageDataset(str(rows), processor, CurriculumArguments())[0]])
-    collator([StageDataset(str(rows), processor, CurriculumArguments(), overwrite_cache=True)[0]])
+    with pytest.raises(ValueError, match="gave .* when they were counted.*Run again"):
+        collator([dataset[0]])
+    collator([StageDataset(str(rows), processor, CurriculumArguments())[0]])
 
 
 # --- sets among flags, in settings files and in cards ------------------------------------------------------------
