@@ -363,7 +363,9 @@ def test_a_second_start_makes_nothing(folder, own_processor, cache):
     made = files_of(cache)
     assert len(made) == 2
     os.utime(path, (1, 1))
+    parts = own_processor.fingerprint_parts()
     own_processor.tokenizer(["a", "a long text"], padding=True, truncation=True, max_length=3)
+    assert own_processor.fingerprint_parts() == parts
     for again in (
         start(path, own_processor, mode="cot", mix="uniform", c_thought=5),  # no limit: the rules do not matter
         start(path, MultiCoCoProcessor.from_pretrained(CHECKPOINT)),
