@@ -143,10 +143,12 @@ def _tokenize(
         answers.append("" if record["answer"] is None else ANSWER_MARK + record["answer"] + TURN_END_TOKEN)
         wholes += ["".join([questions[-1], *steps, answers[-1]]) for steps in rationales[-1]]
 
-    def encode(texts):
+    def encode(texts: Sequence[str]) -> Iterator[list[int]]:
         if not texts:
             return iter(())
-        return iter(processor.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+        processor.tokenizer(texts[0], add_special_tokens=False)  # which turns off what the call before it turned on
+        backend = processor.tokenizer.backend_tokenizer  # ids alone take two thirds of the time
+        return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
 
     whole_ids = encode(wholes)
     step_ids = encode([step for alternatives in rationales for steps in alternatives for step in steps])

@@ -330,7 +330,8 @@ def make_table(
         count (`int`): How many numbers there are.
         schema (`pa.Schema`): The columns; `"row"` is the number that a row was made of.
         fingerprint (`str`, *optional*): Name of the content. Without one it is made in memory, for this process.
-        num_proc (`int`, *optional*): Processes that share the work.
+        num_proc (`int`, *optional*): Processes that share the work, as `datasets.map` starts them. By default one for
+            every 5,000 numbers, at most one a core; this process alone for fewer.
         skip_bad_records (`bool`, defaults to `False`): Keep defects, which are checked again at each start, rather
             than stop at the first.
         overwrite_cache (`bool`, defaults to `False`): Make it anew.
@@ -410,6 +411,7 @@ def _write_table(folder: Path, work: _CheckBatch, count: int, num_proc: int | No
     if num_proc is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         num_proc = min(cores, count // ROWS_OF_A_PROCESS)
+        num_proc = num_proc if num_proc > 1 else None  # in this process, where the tokenizer has threads of its own
     HubDataset.from_dict({"number": range(count)}).map(
         work,
         input_columns="number",
@@ -417,7 +419,7 @@ def _write_table(folder: Path, work: _CheckBatch, count: int, num_proc: int | No
         batched=True,
         batch_size=BATCH,
         features=datasets.Features.from_arrow_schema(work.schema),
-        num_proc=num_proc if num_proc > 1 else None,
+        num_proc=num_proc,
         cache_file_name=str(folder / "rows.arrow"),
         new_fingerprint=folder.name,
         desc=desc,

@@ -12,7 +12,6 @@ The file is YAML or JSON with the names of the flags. Everything of transformers
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from transformers import set_seed
 
@@ -47,7 +46,6 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
         print(settings_table(settings))
     set_seed(args.seed)
     processor = data_args.load_processor(model_args.model_name_or_path)
-
     skip = data_args.skip_bad_records
 
     def tokenize(records: Records) -> StageDataset:
@@ -62,8 +60,14 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
             overwrite_cache=data_args.overwrite_cache,
         )
 
-    how: dict[str, Any] = {"needs_steps": curriculum.needs_steps, "weights": data_args.train_weights}
-    train_dataset = tokenize(data_args.read(data_args.train_file, skip_bad_records=skip, **how))
+    train_records = data_args.read(
+        data_args.train_file,
+        needs_steps=curriculum.needs_steps,
+        weights=data_args.train_weights,
+        skip_bad_records=skip,
+    )
+    train_dataset = tokenize(train_records)
+    train_dataset.set_stage(0)  # raises if no thought could ever be trained, before a model is loaded
     if model_args.estimate_memory:
         if is_main:
             print(f"\n{memory_table(model_args, args, train_dataset, processor)}")
