@@ -31,7 +31,7 @@ from multicoco import MultiCoCoProcessor, data_multicoco, sources
 from multicoco import records as records_module
 from multicoco.configuration_multicoco import MODES
 from multicoco.curriculum import CurriculumArguments
-from multicoco.data_multicoco import ReasoningCollator, StageDataset
+from multicoco.data_multicoco import ReasoningCollator, StageDataset, _parts_of
 from multicoco.records import Records, load_records
 
 
@@ -363,9 +363,9 @@ def test_a_second_start_makes_nothing(folder, own_processor, cache):
     made = files_of(cache)
     assert len(made) == 2
     os.utime(path, (1, 1))
-    parts = own_processor.fingerprint_parts()
+    parts = _parts_of(own_processor)
     own_processor.tokenizer(["a", "a long text"], padding=True, truncation=True, max_length=3)
-    assert own_processor.fingerprint_parts() == parts
+    assert _parts_of(own_processor) == parts
     for again in (
         start(path, own_processor, mode="cot", mix="uniform", c_thought=5),  # no limit: the rules do not matter
         start(path, MultiCoCoProcessor.from_pretrained(CHECKPOINT)),
