@@ -682,6 +682,7 @@ def test_starts_at_once_make_a_table_once(folder, processor, tmp_path, monkeypat
         monkeypatch.setattr(sources, "_write_table", logged)
         monkeypatch.setattr(sources, "_opened", set())  # as in a process that has just started
         monkeypatch.setattr(sources, "_STARTED", sources.time.time())
+        monkeypatch.setattr(sources, "world_size", lambda: 3)
         together.wait()
         how = {"overwrite_cache": overwrite}
         dataset = StageDataset(load_records(path, **how), processor, CurriculumArguments(), **how)
@@ -918,3 +919,47 @@ def test_workers_make_the_batches_of_this_process(folder, processor):
         assert batch.keys() == other.keys()
         for name, value in batch.items():
             assert torch.equal(value, other[name]) if torch.is_tensor(value) else value == other[name]
+
+
+# --- found by an attempt to break it -----------------------------------------------------------------------------
+
+
+def test_a_table_that_another_process_made_since_this_one_started_is_checked_too(folder, processor, tmp_path):
+    path, picture_path = write(folder, CACHED), folder / CACHED[0]["images"][0]
+    assert exit_code(in_child(start, path, processor)) == 0
+    Image.new("RGB", (400, 30)).save(picture_path)
+    counted = start(path, processor).tokenized(0).num_patches_list
+    assert (
+        counted
+        == StageDataset(source_of("list", folder, CACHED), processor, CurriculumArguments())
+        .tokenized(0)
+        .num_patches_list
+    )
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_no_table(folder, monkeypatch):
+    path = write(folder, [record(number, images=[], answer="red") for number in range(3)])
+    before, scan = path.read_bytes(), sources._scan
+
+    def overtaken(files):
+        found = scan(files)
+        path.write_bytes(before.replace(b'"red"', b'"RED"'))  # rows of the same length
+        return found
+
+    monkeypatch.setattr(sources, "_scan", overtaken)
+    with pytest.raises(ValueError, match="has changed while it was read"):
+        load_records(path)
+    monkeypatch.setattr(sources, "_scan", scan)
+    path.write_bytes(before)
+    assert [record["answer"] for record in load_records(path)] == ["red"] * 3
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000 + "]" * 100_000, "1" * 5000], ids=["deep", "long"])
+def test_json_that_python_does_not_read_names_its_file(folder, content):
+    (folder / "odd.jsonl").write_text(json.dumps(record(1, images=[])) + "\n" + f'{{"extra": {content}}}\n')
+    with pytest.raises(ValueError, match="odd.jsonl`, line 2: not valid JSON"):
+        load_records(folder / "odd.jsonl")
+    assert len(load_records(folder / "odd.jsonl", skip_bad_records=True)) == 1
+    (folder / "odd.json").write_text(content)
+    with pytest.raises(ValueError, match="odd.json` (is not valid JSON|holds)"):
+        load_records(folder / "odd.json")
