@@ -4,7 +4,6 @@ records -> a table of token ids (checked once) -> StageDataset (composed lazily)
 """
 
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -18,7 +18,7 @@ import pytest
 import test_data
 import torch
 from conftest import CHECKPOINT
-from datasets import Dataset, Features, List
+from datasets import Dataset, Features, List, load_from_disk
 from datasets import Image as ImageFeature
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -963,3 +963,51 @@ def test_json_that_python_does_not_read_names_its_file(folder, content):
     (folder / "odd.json").write_text(content)
     with pytest.raises(ValueError, match="odd.json` (is not valid JSON|holds)"):
         load_records(folder / "odd.json")
+
+
+@pytest.mark.parametrize("other", [None, [], ["b.png"]], ids=["null", "empty", "another"])
+@pytest.mark.parametrize("kind", ["jsonl", "list"])
+def test_no_picture_is_lost_between_its_two_names(folder, kind, other):
+    row = absolute(record(1, images=["a.png"]), folder)
+    row |= {"image": row["images"][0], "images": other}
+    source = [row] if kind == "list" else write(folder, [row])
+    if other is None:
+        assert load_records(source)[0]["images"] == [row["image"]]
+    else:
+        with pytest.raises(ValueError, match="Record 'r1': has `image` and `images`"):
+            load_records(source)
+
+
+def test_of_several_pictures_in_a_row_one_is_decoded(monkeypatch):
+    pictures = [Image.new("L" if number == 1 else "RGB", (9, 9), number) for number in range(3)]
+    found = load_records(of_pictures([[as_bytes(one) for one in pictures]]))
+    opened, decode = [], ImageFeature.decode_example
+    monkeypatch.setattr(ImageFeature, "decode_example", lambda *args, **kw: opened.append(1) or decode(*args, **kw))
+    images = [image.open() for image in found[0]["images"]]
+    assert len(opened) == 3
+    assert [(image.mode, image.tobytes()) for image in images] == [(one.mode, one.tobytes()) for one in pictures]
+
+
+@pytest.mark.parametrize("as_file", [False, True], ids=["Dataset", "parquet"])
+def test_pictures_in_a_column_of_bytes_are_named(folder, as_file):
+    row = {"id": 1, "question": "q", "answer": "a", "steps": ["s"], "image": as_bytes(picture(9, 9))}
+    data = Dataset.from_list([row])
+    if as_file:
+        data.to_parquet(folder / "bytes.parquet")
+    with pytest.raises(ValueError, match="Record 1: `images` holds a bytes.*cast_column"):
+        load_records(folder / "bytes.parquet" if as_file else data)
+    assert load_records(data.cast_column("image", ImageFeature()))[0]["images"][0].size() == (9, 9)
+
+
+def test_a_data_set_made_anew_the_same_way_is_read_anew(tmp_path):
+    rows, answer = Dataset.from_list([{"id": 1, "question": "q", "steps": ["s"]}]), tmp_path / "answer"
+
+    def read(row):  # no fingerprint sees what a function reads
+        return {"answer": answer.read_text()}
+
+    for text in ("red", "green"):
+        answer.write_text(text)
+        made = rows.map(read, new_fingerprint="same", load_from_cache_file=False)
+        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        made.save_to_disk(tmp_path / "saved")
+        assert load_records(load_from_disk(tmp_path / "saved"))[0]["answer"] == text
