@@ -3,6 +3,7 @@
 records -> a table of token ids (checked once) -> StageDataset (composed lazily) -> ReasoningCollator
 """
 
+import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -386,6 +387,16 @@ class StageDataset(torch.utils.data.Dataset):
         """Tokens of the longest written steps and answer."""
         shapes = (self._shape(record) for record in range(len(self.records)))
         return max(sum(steps) + shape.answer for shape in shapes for steps in shape.rationales)
+
+    def digest(self) -> str:
+        """Hexadecimal digits that are the same for the same ids, lengths and tiles of all records, in this order."""
+        columns, found = self._rows.table.data, hashlib.sha256(f"{len(self)} {self.seed}".encode())
+        for chunk in columns.column("id").chunks:
+            found.update("".join(f"{name}\n" for name in chunk.drop_null().to_pylist()).encode())
+        for name in ("lengths", "num_patches_list"):
+            for chunk in columns.column(name).chunks:
+                found.update(chunk.flatten().to_numpy().tobytes())  # a record with a defect has none
+        return found.hexdigest()
 
     def record_of(self, index: int) -> int:
         """The index in `records` of the record that this sample is made of, in this epoch."""

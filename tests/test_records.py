@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 import test_data
 import torch
+import torch.distributed as dist
 from conftest import CHECKPOINT
 from datasets import Dataset, Features, List, load_from_disk
 from datasets import Image as ImageFeature
@@ -33,6 +34,7 @@ from multicoco.configuration_multicoco import MODES
 from multicoco.curriculum import CurriculumArguments
 from multicoco.data_multicoco import ReasoningCollator, StageDataset
 from multicoco.records import Records, load_records
+from multicoco.trainer_callbacks import check_ranks_agree
 
 
 folder = test_data.folder  # a fixture
@@ -1011,3 +1013,28 @@ def test_a_data_set_made_anew_the_same_way_is_read_anew(tmp_path):
         shutil.rmtree(tmp_path / "saved", ignore_errors=True)
         made.save_to_disk(tmp_path / "saved")
         assert load_records(load_from_disk(tmp_path / "saved"))[0]["answer"] == text
+
+
+@pytest.mark.parametrize("lacks", [None, "b.png"], ids=["the same", "one lacks a picture"])
+def test_ranks_with_other_records_are_told_before_they_train(folder, processor, tmp_path, monkeypatch, lacks):
+    rows = [record(number, images=[name]) for number, name in enumerate(["a.png", "b.png", "a.png"])]
+
+    def begin(rank):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / f"cache{rank}")  # machines of their own
+        machine = tmp_path / f"machine{rank}"
+        shutil.copytree(folder, machine)
+        if rank and lacks:
+            (machine / lacks).unlink()
+        records = load_records(write(machine, rows), skip_bad_records=True)
+        dataset = StageDataset(records, processor, CurriculumArguments())
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=rank, world_size=2)
+        try:
+            check_ranks_agree(dataset, torch.device("cpu"))
+            told = ""
+        except ValueError as error:
+            told = str(error)
+        (tmp_path / f"told{rank}").write_text(told)
+
+    assert [exit_code(child) for child in [in_child(begin, rank) for rank in range(2)]] == [0, 0]
+    told = [(tmp_path / f"told{rank}").read_text() for rank in range(2)]
+    assert told == ["", ""] if lacks is None else all("not the same on all ranks" in text for text in told)
