@@ -3,8 +3,8 @@
 records -> a table of token ids (checked once) -> StageDataset (composed lazily) -> ReasoningCollator
 """
 
+import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from .configuration_multicoco import IMAGE_CONTEXT_TOKEN, LATENT_TOKEN, TURN_END
 from .curriculum import ANSWER_MARK, CurriculumArguments, compose, draw_order, draw_rationale, draw_stage
 from .processing_multicoco import MultiCoCoProcessor, expand_image_tokens, open_image
 from .records import DatasetImage, Records, load_records, turns
-from .sources import RowReader, fingerprint_of, list_defects, make_table
+from .sources import RowReader, fingerprint_of, list_defects, make_table, state_of
 
 
 # --- records -> tokens -------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ class _CheckRecords:
                     "lengths": [len(question), len(answer), *chain(*([len(way), *way] for way in lengths))],
                     "num_patches_list": counts,
                     "paths": paths,
-                    "states": [_state_of(path) for path in paths],
+                    "states": [state_of(path) for path in paths],
                 }
             except ValueError as error:
                 yield {"row": number, "defect": str(error)}
@@ -194,21 +194,12 @@ def _path_of(image: Any) -> str | None:
     return image.file() if isinstance(image, DatasetImage) else image if isinstance(image, str) else None
 
 
-def _state_of(path: str) -> list[int] | None:
-    """Bytes and time of the last change of a file; `None` if it is gone."""
-    try:
-        state = os.stat(path)
-    except OSError:
-        return None
-    return [state.st_size, state.st_mtime_ns]
-
-
 def _has_other_files(table: HubDataset) -> bool:
     """Whether a picture has changed since its tiles were counted, or is gone."""
     columns = table.data.column("paths").chunks, table.data.column("states").chunks
     for paths, states in zip(*columns, strict=True):
         known = dict(zip(paths.flatten().to_pylist(), states.flatten().to_pylist(), strict=True))
-        if any(_state_of(path) != state for path, state in known.items()):
+        if any(state_of(path) != state for path, state in known.items()):
             return True
     return False
 
@@ -396,6 +387,16 @@ class StageDataset(torch.utils.data.Dataset):
         """Tokens of the longest written steps and answer."""
         shapes = (self._shape(record) for record in range(len(self.records)))
         return max(sum(steps) + shape.answer for shape in shapes for steps in shape.rationales)
+
+    def digest(self) -> str:
+        """Hexadecimal digits that are the same for the same ids, lengths and tiles of all records, in this order."""
+        columns, found = self._rows.table.data, hashlib.sha256(f"{len(self)} {self.seed}".encode())
+        for chunk in columns.column("id").chunks:
+            found.update("".join(f"{name}\n" for name in chunk.drop_null().to_pylist()).encode())
+        for name in ("lengths", "num_patches_list"):
+            for chunk in columns.column(name).chunks:
+                found.update(chunk.flatten().to_numpy().tobytes())  # a record with a defect has none
+        return found.hexdigest()
 
     def record_of(self, index: int) -> int:
         """The index in `records` of the record that this sample is made of, in this epoch."""

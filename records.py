@@ -26,7 +26,17 @@ from PIL import Image
 from .configuration_multicoco import IMAGE_PLACEHOLDER, TURN_END_TOKEN, TURN_START_TOKEN
 from .curriculum import ANSWER_MARK
 from .processing_multicoco import RESERVED_TOKENS
-from .sources import BATCH, Lines, Source, find_sources, fingerprint_of, list_defects, make_table, split_defects
+from .sources import (
+    BATCH,
+    Lines,
+    Source,
+    find_sources,
+    fingerprint_of,
+    list_defects,
+    make_table,
+    split_defects,
+    state_of,
+)
 
 
 CHAT_TOKENS = (TURN_START_TOKEN, TURN_END_TOKEN)  # in a record's text they would end or open a turn
@@ -170,9 +180,10 @@ class DatasetImage:
 
     def open(self) -> Any:
         """The image as the data set decodes it; `None` where the row has none."""
-        value = self.dataset[self.row][self.column]
-        value = value if self.index is None else value[self.index]
-        return ImageFeature().decode_example(value) if isinstance(value, dict) else value  # of `decode=False`
+        value = self._stored()  # of several in a row this one alone
+        feature = self.dataset.features[self.column]
+        mode = (feature if self.index is None else feature.feature).mode
+        return None if value is None else ImageFeature(mode=mode).decode_example(value)
 
     def size(self) -> tuple[int, int]:
         """
@@ -361,14 +372,8 @@ class _CheckRows:
     def __call__(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         for number, row in zip(numbers, self._read(numbers), strict=True):
             try:
-                for record in list(_check_row(row, number, self.columns, self.wanted)):  # all of them, or none
-                    images = record.pop("images")
-                    yield {
-                        "row": number,
-                        "id": json.dumps(record["id"]),
-                        "record": _to_json(record),
-                        "paths": [image if isinstance(image, str) else None for image in images],
-                    }
+                found = _check_row(row, number, self.columns, self.wanted)
+                yield from [_to_row(record, number) for record in found]  # all of them, or none
             except ValueError as error:
                 yield {"row": number, "defect": str(error)}
 
@@ -384,6 +389,21 @@ class _CheckRows:
             for row, count in zip(texts, counts[list(numbers)].tolist(), strict=True):
                 row[column] = [DatasetImage(self.rows, 0, column, None)] * count  # counted, not read
         return texts
+
+
+def _to_row(record: dict[str, Any], number: int) -> dict[str, Any]:
+    images = record.pop("images")
+    if lost := [type(image).__name__ for image in images if not isinstance(image, (str, DatasetImage))]:
+        raise ValueError(
+            f"Record {record['id']!r}: `images` holds a {lost[0]}, which the data set does not know for a picture. "
+            "Cast the column, `dataset.cast_column(name, datasets.Image())`."
+        )
+    return {
+        "row": number,
+        "id": json.dumps(record["id"]),
+        "record": _to_json(record),
+        "paths": [image if isinstance(image, str) else None for image in images],
+    }
 
 
 def _to_json(record: Mapping[str, Any]) -> str:
@@ -404,15 +424,18 @@ def _check_set(
     overwrite_cache: bool,
 ) -> tuple[RecordSet, np.ndarray, list[str]]:
     """The set, the places of its good records, and the defects of the others."""
-    images = None
+    images: HubDataset | None = None
+    files: Sequence[str | Path]
+    origin: Any
     if isinstance(source.rows, list):
         return _check_list(source.rows, source, columns, wanted, skip_bad_records)
     if isinstance(source.rows, HubDataset):
         check, images = _check_dataset(source.rows, columns, wanted)
-        origin = source.rows._fingerprint
+        files = [file["filename"] for file in source.rows.cache_files]
+        origin = source.rows._fingerprint, [state_of(file) for file in files]  # the first says how they were made
     else:
         check, origin = _CheckRows(source.rows, None, columns, wanted), source.rows.digest
-    files = source.rows.files if isinstance(source.rows, Lines) else []
+        files = source.rows.files
     fingerprint = fingerprint_of(origin, files, columns, vars(wanted))
     table, good, defects = make_table(
         check,
@@ -510,13 +533,16 @@ def _check_row(row: Any, number: int, columns: Mapping[str, str], wanted: _Wante
         raise row
     if not isinstance(row, Mapping):
         raise ValueError(f"Record {number}: is a {type(row).__name__}, expected an object with fields {FIELDS}.")
-    image_column = columns.get("images", "images" if "images" in row else "image")  # `image` is the Hub's usual name
+    own_name = "image" if row.get("images") is None else "images"  # `image` is the Hub's usual name
+    image_column = columns.get("images", own_name)
     record = {name: row.get(columns.get(name, name)) for name in FIELDS} | {"images": row.get(image_column)}
     record["id"] = number if record["id"] is None else record["id"]
     if isinstance(record["id"], bool) or not isinstance(record["id"], (str, int)):
         raise ValueError(
             f"Record {number}: `id` is {record['id']!r:.100}, expected a string or an integer. Change it."
         )
+    if "images" not in columns and row.get("image") is not None and row.get("images") is not None:
+        raise ValueError(f"Record {record['id']!r}: has `image` and `images`, expected one of them. Leave one out.")
     conversation = row.get(columns.get("conversations", "conversations"))
     for each in [record] if conversation is None else _records_of(conversation, record, wanted):
         where = f"Record {each['id']!r}"

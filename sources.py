@@ -32,6 +32,8 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.utils import WeakFileLock
 from transformers.utils import logging
 
+from .compat import world_size
+
 
 logger = logging.get_logger(__name__)
 
@@ -63,6 +65,7 @@ class Lines:
     files: list[Path]
     spans: np.ndarray  # (number, 4): file, line, first byte, byte behind the last
     digest: str  # of all files' content
+    states: list[list[int]]  # of the files before they were scanned, see `state_of`
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -71,11 +74,13 @@ class Lines:
         """These rows; in the place of one that is not JSON its error, so that it can be skipped as any bad record."""
         for file, spans in itertools.groupby(self.spans[numbers].tolist(), key=lambda span: span[0]):
             with open(self.files[file], "rb") as stream:
+                if state_of(self.files[file]) != self.states[file]:  # or other rows would be kept under its digest
+                    raise ValueError(f"`{self.files[file]}` has changed while it was read. Start again.")
                 for _, line, start, stop in spans:
                     stream.seek(start)
                     try:
                         yield json.loads(stream.read(stop - start).decode())
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         yield ValueError(
                             f"`{self.files[file]}`, line {line}: not valid JSON ({error}). Write one record a line."
                         )
@@ -199,6 +204,7 @@ def _sets_of_internvl(path: Path, image_folder: str | os.PathLike | None) -> lis
 def _scan(files: Sequence[Path]) -> Lines:
     """Finds the rows of JSON files, and checks that these are text."""
     spans, digest = array("q"), hashlib.sha256()  # an array: a list of tuples is ten times as large
+    states = [state_of(path) or [] for path in files]
     for number, path in enumerate(files):
         if not path.is_file():
             raise ValueError(f"`{path}` does not exist, expected a .json or .jsonl file of records. Check the path.")
@@ -217,7 +223,16 @@ def _scan(files: Sequence[Path]) -> Lines:
                     start, line = start + 3, line[3:]
                 if _decode(path, line).strip():
                     spans.extend((number, count, start, position))
-    return Lines(list(files), np.array(spans).reshape(-1, 4), digest.hexdigest())
+    return Lines(list(files), np.array(spans).reshape(-1, 4), digest.hexdigest(), states)
+
+
+def state_of(path: str | os.PathLike) -> list[int] | None:
+    """Bytes and time of the last change of a file; `None` if it is gone."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return None
+    return [state.st_size, state.st_mtime_ns]
 
 
 def _decode(path: Path, content: bytes) -> str:
@@ -228,9 +243,10 @@ def _decode(path: Path, content: bytes) -> str:
 
 
 def _parse(path: Path, content: bytes) -> Any:
+    text = _decode(path, content.removeprefix(b"\xef\xbb\xbf"))
     try:
-        return json.loads(_decode(path, content.removeprefix(b"\xef\xbb\xbf")))
-    except json.JSONDecodeError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`{path}` is not valid JSON ({error}). Mend it, or name it .jsonl.") from error
 
 
@@ -362,7 +378,7 @@ def make_table(
 
     def find() -> HubDataset | None:
         """The table, if it is whole and still true."""
-        is_new = folder not in _opened and _completed_at(folder) > _STARTED  # by another of this run
+        is_new = world_size() > 1 and folder not in _opened and _completed_at(folder) > _STARTED  # by another rank
         if overwrite_cache and not is_new:
             return None
         table = _open_table(folder)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .compat import add_to_log, delete_first, rank, world_size
+from .compat import add_to_log, delete_first, most_of_all_ranks, rank, world_size
 from .curriculum import CurriculumArguments
 from .data_multicoco import ReasoningCollator, StageDataset
 
@@ -28,6 +28,23 @@ from .data_multicoco import ReasoningCollator, StageDataset
 logger = logging.get_logger(__name__)
 
 COMPLETE = "complete"  # the file that marks a checkpoint
+
+
+def check_ranks_agree(dataset: StageDataset, device: torch.device) -> None:
+    """
+    Checks that all ranks have the same samples: each takes its share by their numbers. Every rank must call it.
+
+    Raises:
+        ValueError: on all of them, if they do not.
+    """
+    if world_size() > 1:
+        number = int(dataset.digest()[:15], 16)
+        if most_of_all_ranks(number, device) != -most_of_all_ranks(-number, device):
+            raise ValueError(
+                "`dataset` is not the same on all ranks, so that samples would be lost or repeated; that of rank "
+                f"{rank()} has {len(dataset)} samples of {len(dataset.records)} records. Has a file changed since the "
+                "start, or does one machine lack some? Start again with the same files everywhere."
+            )
 
 
 class CurriculumCallback(TrainerCallback):
@@ -58,6 +75,8 @@ class CurriculumCallback(TrainerCallback):
         """Begins at the stage of the epoch that a resumed run is in."""
         if getattr(args, "remove_unused_columns", False):
             raise ValueError("`remove_unused_columns` is True, but the collator reads `images`. Set it to False.")
+        for dataset in self.datasets:
+            check_ranks_agree(dataset, args.device)
         self._enter(int(state.epoch or 0), model, processing_class)
 
     def on_epoch_begin(
@@ -201,6 +220,12 @@ class AnswerCallback(TrainerCallback):
         self.batch_size, self.every, self.generate_kwargs = batch_size, every, generate_kwargs or {}
         self.pending: dict[str, float] = {}
         self.seconds = 0.0  # of `pending`, which are none of training
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuses data of which ranks have different samples."""
+        check_ranks_agree(self.dataset, args.device)
 
     def on_step_end(
         self,

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
+from ..records import DatasetImage
 from .metric import as_written
 from .subject import Subject
 
@@ -26,10 +27,7 @@ def describe(subject: Subject, num_thoughts: int | None) -> dict[str, Any]:
     model_files = [path for pattern in MODEL_FILES for path in sorted(Path(subject.name).glob(pattern))]
     digest = hashlib.sha256()
     for record in subject.records:
-        images = [
-            [image, *_stamp(image)] if isinstance(image, str) else [image.row, image.column, image.index]
-            for image in record["images"]
-        ]
+        images = [_describe_image(image) for image in record["images"]]
         digest.update(json.dumps({**record, "images": images}, sort_keys=True).encode())
     return {
         "model": subject.name,
@@ -44,6 +42,13 @@ def describe(subject: Subject, num_thoughts: int | None) -> dict[str, Any]:
         "dtype": arguments.dtype,
         "attn_implementation": subject.attn_implementation,
     }
+
+
+def _describe_image(image: str | DatasetImage) -> list[Any]:
+    if isinstance(image, str):
+        return [image, *_stamp(image)]
+    path = image.file()
+    return [image.row, image.column, image.index, image.dataset._fingerprint if path is None else _stamp(path)]
 
 
 def _stamp(path: str | Path) -> list[int]:

@@ -17,8 +17,9 @@ import pyarrow as pa
 import pytest
 import test_data
 import torch
+import torch.distributed as dist
 from conftest import CHECKPOINT
-from datasets import Dataset, Features, List
+from datasets import Dataset, Features, List, load_from_disk
 from datasets import Image as ImageFeature
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,6 +34,7 @@ from multicoco.configuration_multicoco import MODES
 from multicoco.curriculum import CurriculumArguments
 from multicoco.data_multicoco import ReasoningCollator, StageDataset, _parts_of
 from multicoco.records import Records, load_records
+from multicoco.trainer_callbacks import check_ranks_agree
 
 
 folder = test_data.folder  # a fixture
@@ -682,6 +684,7 @@ def test_starts_at_once_make_a_table_once(folder, processor, tmp_path, monkeypat
         monkeypatch.setattr(sources, "_write_table", logged)
         monkeypatch.setattr(sources, "_opened", set())  # as in a process that has just started
         monkeypatch.setattr(sources, "_STARTED", sources.time.time())
+        monkeypatch.setattr(sources, "world_size", lambda: 3)
         together.wait()
         how = {"overwrite_cache": overwrite}
         dataset = StageDataset(load_records(path, **how), processor, CurriculumArguments(), **how)
@@ -918,3 +921,120 @@ def test_workers_make_the_batches_of_this_process(folder, processor):
         assert batch.keys() == other.keys()
         for name, value in batch.items():
             assert torch.equal(value, other[name]) if torch.is_tensor(value) else value == other[name]
+
+
+# --- found by an attempt to break it -----------------------------------------------------------------------------
+
+
+def test_a_table_that_another_process_made_since_this_one_started_is_checked_too(folder, processor, tmp_path):
+    path, picture_path = write(folder, CACHED), folder / CACHED[0]["images"][0]
+    assert exit_code(in_child(start, path, processor)) == 0
+    Image.new("RGB", (400, 30)).save(picture_path)
+    counted = start(path, processor).tokenized(0).num_patches_list
+    assert (
+        counted
+        == StageDataset(source_of("list", folder, CACHED), processor, CurriculumArguments())
+        .tokenized(0)
+        .num_patches_list
+    )
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_no_table(folder, monkeypatch):
+    path = write(folder, [record(number, images=[], answer="red") for number in range(3)])
+    before, scan = path.read_bytes(), sources._scan
+
+    def overtaken(files):
+        found = scan(files)
+        path.write_bytes(before.replace(b'"red"', b'"RED"'))  # rows of the same length
+        return found
+
+    monkeypatch.setattr(sources, "_scan", overtaken)
+    with pytest.raises(ValueError, match="has changed while it was read"):
+        load_records(path)
+    monkeypatch.setattr(sources, "_scan", scan)
+    path.write_bytes(before)
+    assert [record["answer"] for record in load_records(path)] == ["red"] * 3
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000 + "]" * 100_000, "1" * 5000], ids=["deep", "long"])
+def test_json_that_python_does_not_read_names_its_file(folder, content):
+    (folder / "odd.jsonl").write_text(json.dumps(record(1, images=[])) + "\n" + f'{{"extra": {content}}}\n')
+    with pytest.raises(ValueError, match="odd.jsonl`, line 2: not valid JSON"):
+        load_records(folder / "odd.jsonl")
+    assert len(load_records(folder / "odd.jsonl", skip_bad_records=True)) == 1
+    (folder / "odd.json").write_text(content)
+    with pytest.raises(ValueError, match="odd.json` (is not valid JSON|holds)"):
+        load_records(folder / "odd.json")
+
+
+@pytest.mark.parametrize("other", [None, [], ["b.png"]], ids=["null", "empty", "another"])
+@pytest.mark.parametrize("kind", ["jsonl", "list"])
+def test_no_picture_is_lost_between_its_two_names(folder, kind, other):
+    row = absolute(record(1, images=["a.png"]), folder)
+    row |= {"image": row["images"][0], "images": other}
+    source = [row] if kind == "list" else write(folder, [row])
+    if other is None:
+        assert load_records(source)[0]["images"] == [row["image"]]
+    else:
+        with pytest.raises(ValueError, match="Record 'r1': has `image` and `images`"):
+            load_records(source)
+
+
+def test_of_several_pictures_in_a_row_one_is_decoded(monkeypatch):
+    pictures = [Image.new("L" if number == 1 else "RGB", (9, 9), number) for number in range(3)]
+    found = load_records(of_pictures([[as_bytes(one) for one in pictures]]))
+    opened, decode = [], ImageFeature.decode_example
+    monkeypatch.setattr(ImageFeature, "decode_example", lambda *args, **kw: opened.append(1) or decode(*args, **kw))
+    images = [image.open() for image in found[0]["images"]]
+    assert len(opened) == 3
+    assert [(image.mode, image.tobytes()) for image in images] == [(one.mode, one.tobytes()) for one in pictures]
+
+
+@pytest.mark.parametrize("as_file", [False, True], ids=["Dataset", "parquet"])
+def test_pictures_in_a_column_of_bytes_are_named(folder, as_file):
+    row = {"id": 1, "question": "q", "answer": "a", "steps": ["s"], "image": as_bytes(picture(9, 9))}
+    data = Dataset.from_list([row])
+    if as_file:
+        data.to_parquet(folder / "bytes.parquet")
+    with pytest.raises(ValueError, match="Record 1: `images` holds a bytes.*cast_column"):
+        load_records(folder / "bytes.parquet" if as_file else data)
+    assert load_records(data.cast_column("image", ImageFeature()))[0]["images"][0].size() == (9, 9)
+
+
+def test_a_data_set_made_anew_the_same_way_is_read_anew(tmp_path):
+    rows, answer = Dataset.from_list([{"id": 1, "question": "q", "steps": ["s"]}]), tmp_path / "answer"
+
+    def read(row):  # no fingerprint sees what a function reads
+        return {"answer": answer.read_text()}
+
+    for text in ("red", "green"):
+        answer.write_text(text)
+        made = rows.map(read, new_fingerprint="same", load_from_cache_file=False)
+        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        made.save_to_disk(tmp_path / "saved")
+        assert load_records(load_from_disk(tmp_path / "saved"))[0]["answer"] == text
+
+
+@pytest.mark.parametrize("lacks", [None, "b.png"], ids=["the same", "one lacks a picture"])
+def test_ranks_with_other_records_are_told_before_they_train(folder, processor, tmp_path, monkeypatch, lacks):
+    rows = [record(number, images=[name]) for number, name in enumerate(["a.png", "b.png", "a.png"])]
+
+    def begin(rank):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / f"cache{rank}")  # machines of their own
+        machine = tmp_path / f"machine{rank}"
+        shutil.copytree(folder, machine)
+        if rank and lacks:
+            (machine / lacks).unlink()
+        records = load_records(write(machine, rows), skip_bad_records=True)
+        dataset = StageDataset(records, processor, CurriculumArguments())
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=rank, world_size=2)
+        try:
+            check_ranks_agree(dataset, torch.device("cpu"))
+            told = ""
+        except ValueError as error:
+            told = str(error)
+        (tmp_path / f"told{rank}").write_text(told)
+
+    assert [exit_code(child) for child in [in_child(begin, rank) for rank in range(2)]] == [0, 0]
+    told = [(tmp_path / f"told{rank}").read_text() for rank in range(2)]
+    assert told == ["", ""] if lacks is None else all("not the same on all ranks" in text for text in told)

@@ -1,6 +1,7 @@
 """`score.py` against the plain way: one sample at a time through the processor and `generate`, counted by hand."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
 from reference import reference_logits, widened
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor, score
@@ -234,6 +238,23 @@ def test_other_settings_data_or_weights_start_anew(folder, tmp_path):
     os.utime(tmp_path / "model" / "model.safetensors", (1, 1))
     others.append(path())
     assert len({first, *others}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("as_file", [False, True], ids=["embedded", "a file"])
+def test_another_picture_of_a_data_set_starts_anew(folder, tmp_path, as_file):
+    def path(colour):
+        content = io.BytesIO()
+        Image.new("RGB", (28, 28), colour).save(content, "BMP")  # of the same size whatever the colour
+        if as_file:
+            (tmp_path / "a.bmp").write_bytes(content.getvalue())
+        image = {"bytes": None, "path": str(tmp_path / "a.bmp")} if as_file else {"bytes": content.getvalue()}
+        row = {"id": 1, "question": "q", "answer": "a", "steps": ["s"], "image": {"path": None} | image}
+        records = load_records(Dataset.from_list([row]).cast_column("image", ImageFeature()))
+        arguments = ScoreArguments(model=[str(folder / "silent")], data="pictures")
+        subject = Subject(str(folder / "silent"), records, arguments, torch.device("cpu"))
+        return predictions_path(tmp_path, describe(subject, None))
+
+    assert path("red") != path("blue")
 
 
 # --- two ranks -----------------------------------------------------------------------------------------------------
