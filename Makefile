@@ -4,7 +4,7 @@ BIN := .venv/bin
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2
 BASELINES := cot no_cot no_thoughts pause pause_loop
 
-.PHONY: env trails train baselines truth beyond test test-clients release-check quality style clean
+.PHONY: env trails train baselines truth beyond test test-clients check-records release-check quality style clean
 
 env: .venv/installed
 
@@ -47,6 +47,10 @@ test: env
 
 test-clients: .venv-clients/installed
 	PATH="$(CURDIR)/.venv-clients/bin:$$PATH" .venv-clients/bin/python -m pytest tests/clients tests/test_clients.py
+
+# Memory of two ranks with 100,000 records, and the time to start.
+check-records: env
+	$(BIN)/python benchmarks/records.py
 
 # What needs longer than the gate, or environments of its own; the table goes into docs/release_check.md.
 release-check: env

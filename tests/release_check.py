@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 STEPS = {  # target of the Makefile -> environment whose versions count
     "test-clients": ".venv-clients",
+    "check-records": ".venv",
 }
 PACKAGES = re.compile(
     r"^(accelerate|captum|fastapi|gradio|lighteval|lm_eval|nnsight|openai|peft|pillow|torch|transformers|trl)==", re.I
