@@ -223,6 +223,7 @@ class _Mixture:
 
     def record(self, sample: int, epoch: int) -> int:
         """The index of the record of this sample in this epoch."""
+        sample = range(self.num_samples)[sample]  # from the end too, as of a list
         number = bisect_right(self._ends, sample)
         start, end = self._ends[number - 1] if number else 0, self._ends[number]
         indices, place, length = self.sets[number][0], sample - start, len(self.sets[number][0])
@@ -356,7 +357,7 @@ class StageDataset(torch.utils.data.Dataset):
     def _draw(self, index: int, num_steps: list[int]) -> tuple[int, int | None, int]:
         """Of a sample now: which of its rationales, the number of thoughts, and how many of the steps are gone."""
         stage, epoch = self._clock.tolist()
-        key = (self.seed, epoch, index)
+        key = (self.seed, epoch, range(len(self))[index])
         number = draw_rationale(len(num_steps), key)
         drawn = draw_stage(self.curriculum, stage, num_steps[number], key)
         num_thoughts, num_gone = self.curriculum.counts(num_steps[number], drawn)

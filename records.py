@@ -544,6 +544,8 @@ def _check_row(row: Any, number: int, columns: Mapping[str, str], wanted: _Wante
     if "images" not in columns and row.get("image") is not None and row.get("images") is not None:
         raise ValueError(f"Record {record['id']!r}: has `image` and `images`, expected one of them. Leave one out.")
     conversation = row.get(columns.get("conversations", "conversations"))
+    if conversation is not None and row.get("video") is not None:
+        raise ValueError(f"Record {record['id']!r}: has a `video`, expected `image`. Give its frames as images.")
     for each in [record] if conversation is None else _records_of(conversation, record, wanted):
         where = f"Record {each['id']!r}"
         for name, check in _CHECKS:

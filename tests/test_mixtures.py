@@ -558,3 +558,45 @@ def test_data_that_is_only_asked_is_asked_with_the_thoughts_of_the_stage(folder,
     dataset = with_rules(folder, processor, rows, without_steps="no_thoughts")
     rules = dataset.curriculum
     assert [dataset.num_thoughts(0, stage) for stage in range(5)] == [rules.num_thoughts(stage) for stage in range(5)]
+
+
+# --- found by an attempt to break it -----------------------------------------------------------------------------
+
+
+def test_samples_from_the_end_are_those_of_a_list(tmp_path, processor):
+    files = [
+        write(tmp_path, [record(number, images=[]) for number in range(3)], name) for name in ("a.jsonl", "b.jsonl")
+    ]
+    dataset = StageDataset(load_records(files, weights=[1, 1.5]), processor, CurriculumArguments(mix="linear"))
+    dataset.set_stage(2, 1)
+    count = len(dataset)
+    assert [dataset[place - count] for place in range(count)] == [dataset[place] for place in range(count)]
+    assert [dataset.length(place - count) for place in range(count)] == list(map(dataset.length, range(count)))
+    for place in (count, -count - 1):
+        with pytest.raises(IndexError):
+            dataset[place]
+
+
+def test_no_file_is_read_twice_without_a_word(tmp_path):
+    rows = [record(number, images=[], id=None) for number in range(2)]
+    for name in ("x", "y"):
+        Dataset.from_list([{**row, "images": None} for row in rows]).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match="x.parquet for .* and again for"):
+        load_records([str(tmp_path / "*.parquet"), str(tmp_path / "x.parquet")])
+    write(tmp_path, rows, "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="matches a file twice, by a link"):
+        load_records(str(tmp_path / "*.jsonl"))
+
+
+def test_no_set_of_a_file_of_sets_hides_another(tmp_path):
+    file = json.dumps({"annotation": str(write(tmp_path, [record(0, images=[])], "a.jsonl"))})
+    (tmp_path / "sets.json").write_text(f'{{"one": {file}, "one": {file}}}')
+    with pytest.raises(ValueError, match="has two sets with the name one"):
+        load_records(tmp_path / "sets.json")
+
+
+def test_a_video_is_not_left_out_without_a_word():
+    turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "That"}]
+    with pytest.raises(ValueError, match="Record 7: has a `video`"):
+        load_records([{"id": 7, "video": "a.mp4", "conversations": turns}], needs_steps=False)
