@@ -386,8 +386,7 @@ class StageDataset(torch.utils.data.Dataset):
 
     def max_new_tokens(self) -> int:
         """Tokens of the longest written steps and answer."""
-        shapes = (self._shape(record) for record in range(len(self.records)))
-        return max(sum(steps) + shape.answer for shape in shapes for steps in shape.rationales)
+        return max(sum(steps) + shape.answer for shape in self.shapes() for steps in shape.rationales)
 
     def digest(self) -> str:
         """Hexadecimal digits that are the same for the same ids, lengths and tiles of all records, in this order."""
@@ -426,6 +425,10 @@ class StageDataset(torch.utils.data.Dataset):
     def shape(self, index: int) -> RecordShape:
         """The lengths of this sample's record, without reading its tokens."""
         return self._shape(self.record_of(index))
+
+    def shapes(self) -> Iterator[RecordShape]:
+        """The lengths of all records, also of those that no sample of this epoch is made of."""
+        return map(self._shape, range(len(self.records)))
 
     def _shape(self, record: int) -> RecordShape:
         row = int(self._places[record])

@@ -20,6 +20,7 @@ from multicoco.curriculum import CurriculumArguments
 from multicoco.data_multicoco import ReasoningCollator, StageDataset, _Mixture
 from multicoco.records import load_records
 from multicoco.trainer_callbacks import AnswerCallback, CurriculumCallback
+from multicoco.training.memory import worst_batches
 from multicoco.training.results import make_judge
 
 
@@ -600,3 +601,17 @@ def test_a_video_is_not_left_out_without_a_word():
     turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "That"}]
     with pytest.raises(ValueError, match="Record 7: has a `video`"):
         load_records([{"id": 7, "video": "a.mp4", "conversations": turns}], needs_steps=False)
+
+
+def test_the_estimate_of_memory_sees_records_that_this_epoch_leaves_out(folder, sets, processor):
+    """An epoch of a quarter of a set may not have its longest record; a later one has."""
+    rows = [record(f"r{number}", images=[], steps=["go up " * (40 if number == 3 else 1)]) for number in range(4)]
+    path = write(folder, rows, "long.jsonl")
+    for seed in range(4):  # another record of the four in the first epoch
+        part, whole = (
+            StageDataset(load_records([str(path)], weights=[weight]), processor, CurriculumArguments(), seed=seed)
+            for weight in (0.25, 1)
+        )
+        assert len(part) == 1
+        assert worst_batches(part, 1) == worst_batches(whole, 1)
+        assert part.max_new_tokens() == whole.max_new_tokens()
