@@ -563,7 +563,7 @@ class MultiCoCoProcessor(ProcessorMixin):
         ]
 
     def check_tile_limits(self, images_kwargs: dict[str, Any]) -> None:
-        """Raises a `ValueError` if the least or most tiles of an image are no counts, or the least exceeds the most."""
+        """Raises a `ValueError` if least or most tiles of an image are no counts, or the least exceeds the most."""
         fewest = images_kwargs.get("min_patches", self.image_processor.min_patches)
         most = images_kwargs.get("max_patches", self.image_processor.max_patches)
         for name, value in (("min_patches", fewest), ("max_patches", most)):
