@@ -220,6 +220,19 @@ class _Mixture:
         self.sets, self.seed = [(indices, weight) for indices, weight in sets if len(indices)], seed
         self._ends = list(accumulate(max(1, round(weight * len(indices))) for indices, weight in self.sets))
         self.num_samples = self._ends[-1]
+        self._orders: list[dict[int, np.ndarray]] = [{} for _ in self.sets]
+
+    def __reduce__(self) -> tuple:
+        return _Mixture, (self.sets, self.seed)  # orders are drawn again
+
+    def _order(self, number: int, times: int) -> np.ndarray:
+        """The order in which a set is gone through for this time; of each set two are kept, as an epoch needs."""
+        known = self._orders[number]
+        if times not in known:
+            if len(known) > 1:
+                known.pop(max(known, key=lambda other: abs(other - times)))
+            known[times] = draw_order(len(self.sets[number][0]), (self.seed, number, times))
+        return known[times]
 
     def record(self, sample: int, epoch: int) -> int:
         """The index of the record of this sample in this epoch."""
@@ -230,7 +243,7 @@ class _Mixture:
         rest = (end - start) % length
         if place >= end - start - rest:
             times, place = divmod(epoch * rest + place - (end - start - rest), length)
-            place = int(draw_order(length, (self.seed, number, times))[place])
+            place = int(self._order(number, times)[place])
         return int(indices[place % length])
 
 
@@ -273,6 +286,7 @@ class StageDataset(torch.utils.data.Dataset):
         num_proc: int | None = None,
         overwrite_cache: bool = False,
     ):
+        processor.check_tile_limits(processor.images_kwargs)
         self.curriculum, self.seed = curriculum, seed
         self.num_image_token = processor.num_image_token
         tokenizer = processor.tokenizer

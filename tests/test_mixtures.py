@@ -9,14 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import test_data
+from conftest import CHECKPOINT
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import record, write
 
+from multicoco import MultiCoCoProcessor
 from multicoco.configuration_multicoco import BLOCK_MODES, MODES
-from multicoco.curriculum import CurriculumArguments
+from multicoco.curriculum import CurriculumArguments, draw_order
 from multicoco.data_multicoco import ReasoningCollator, StageDataset, _Mixture
 from multicoco.records import load_records
 from multicoco.trainer_callbacks import AnswerCallback, CurriculumCallback
@@ -615,3 +617,30 @@ def test_the_estimate_of_memory_sees_records_that_this_epoch_leaves_out(folder, 
         assert len(part) == 1
         assert worst_batches(part, 1) == worst_batches(whole, 1)
         assert part.max_new_tokens() == whole.max_new_tokens()
+
+
+def test_many_sets_with_parts_draw_each_order_once(monkeypatch):
+    drawn = Counter()
+
+    def draw(count, key):
+        drawn[key] += 1
+        return draw_order(count, key)
+
+    monkeypatch.setattr("multicoco.data_multicoco.draw_order", draw)
+    mixture = _Mixture([(np.arange(5), 0.6)] * 40, 0)
+    shuffled = np.random.default_rng(0).permutation(mixture.num_samples).tolist()
+    for epoch in range(4):
+        for _ in range(3):
+            for sample in shuffled:
+                mixture.record(sample, epoch)
+    assert set(drawn.values()) == {1}
+    again = pickle.loads(pickle.dumps(mixture))
+    assert [again.record(sample, 3) for sample in shuffled] == [mixture.record(sample, 3) for sample in shuffled]
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_patches", 0), ("min_patches", 20), ("max_patches", 2.5)])
+def test_limits_of_tiles_that_cannot_be_are_not_taken(name, value):
+    processor = MultiCoCoProcessor.from_pretrained(CHECKPOINT)
+    setattr(processor.image_processor, name, value)
+    with pytest.raises(ValueError, match="max_patches` must|min_patches` must"):
+        StageDataset([record(0, images=[])], processor, CurriculumArguments())
