@@ -8,7 +8,6 @@ Only what follows the block is a label. The rules are those of the original prog
 27273cb); where it trains and asks with different numbers of thoughts, we ask as we train.
 """
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -170,7 +169,6 @@ def draw_rationale(num_rationales: int, key: tuple[int, int, int]) -> int:
     return int(np.random.default_rng((*key, 1)).integers(num_rationales))  # 1: another stream than the stage's
 
 
-@functools.lru_cache(maxsize=32)  # two for each set of a mixture: one more, and each sample would draw anew
 def draw_order(count: int, key: tuple[int, int, int]) -> np.ndarray:
     """An order of so many things, `(count,)` indices. `key` is (seed, number of the set, how often it was used)."""
     return np.random.default_rng((*key, 2)).permutation(count)  # 2: another stream than the others'

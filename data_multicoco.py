@@ -220,16 +220,30 @@ class _Mixture:
         self.sets, self.seed = [(indices, weight) for indices, weight in sets if len(indices)], seed
         self._ends = list(accumulate(max(1, round(weight * len(indices))) for indices, weight in self.sets))
         self.num_samples = self._ends[-1]
+        self._orders: list[dict[int, np.ndarray]] = [{} for _ in self.sets]
+
+    def __reduce__(self) -> tuple:
+        return _Mixture, (self.sets, self.seed)  # orders are drawn again
+
+    def _order(self, number: int, times: int) -> np.ndarray:
+        """The order in which a set is gone through for this time; of each set two are kept, as an epoch needs."""
+        known = self._orders[number]
+        if times not in known:
+            if len(known) > 1:
+                known.pop(max(known, key=lambda other: abs(other - times)))
+            known[times] = draw_order(len(self.sets[number][0]), (self.seed, number, times))
+        return known[times]
 
     def record(self, sample: int, epoch: int) -> int:
         """The index of the record of this sample in this epoch."""
+        sample = range(self.num_samples)[sample]  # from the end too, as of a list
         number = bisect_right(self._ends, sample)
         start, end = self._ends[number - 1] if number else 0, self._ends[number]
         indices, place, length = self.sets[number][0], sample - start, len(self.sets[number][0])
         rest = (end - start) % length
         if place >= end - start - rest:
             times, place = divmod(epoch * rest + place - (end - start - rest), length)
-            place = int(draw_order(length, (self.seed, number, times))[place])
+            place = int(self._order(number, times)[place])
         return int(indices[place % length])
 
 
@@ -272,6 +286,7 @@ class StageDataset(torch.utils.data.Dataset):
         num_proc: int | None = None,
         overwrite_cache: bool = False,
     ):
+        processor.check_tile_limits(processor.images_kwargs)
         self.curriculum, self.seed = curriculum, seed
         self.num_image_token = processor.num_image_token
         tokenizer = processor.tokenizer
@@ -356,7 +371,7 @@ class StageDataset(torch.utils.data.Dataset):
     def _draw(self, index: int, num_steps: list[int]) -> tuple[int, int | None, int]:
         """Of a sample now: which of its rationales, the number of thoughts, and how many of the steps are gone."""
         stage, epoch = self._clock.tolist()
-        key = (self.seed, epoch, index)
+        key = (self.seed, epoch, range(len(self))[index])
         number = draw_rationale(len(num_steps), key)
         drawn = draw_stage(self.curriculum, stage, num_steps[number], key)
         num_thoughts, num_gone = self.curriculum.counts(num_steps[number], drawn)
@@ -385,8 +400,7 @@ class StageDataset(torch.utils.data.Dataset):
 
     def max_new_tokens(self) -> int:
         """Tokens of the longest written steps and answer."""
-        shapes = (self._shape(record) for record in range(len(self.records)))
-        return max(sum(steps) + shape.answer for shape in shapes for steps in shape.rationales)
+        return max(sum(steps) + shape.answer for shape in self.shapes() for steps in shape.rationales)
 
     def digest(self) -> str:
         """Hexadecimal digits that are the same for the same ids, lengths and tiles of all records, in this order."""
@@ -425,6 +439,10 @@ class StageDataset(torch.utils.data.Dataset):
     def shape(self, index: int) -> RecordShape:
         """The lengths of this sample's record, without reading its tokens."""
         return self._shape(self.record_of(index))
+
+    def shapes(self) -> Iterator[RecordShape]:
+        """The lengths of all records, also of those that no sample of this epoch is made of."""
+        return map(self._shape, range(len(self.records)))
 
     def _shape(self, record: int) -> RecordShape:
         row = int(self._places[record])

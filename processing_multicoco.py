@@ -467,7 +467,7 @@ class MultiCoCoProcessor(ProcessorMixin):
             for sample, images in enumerate(nested_images)
             for index, image in enumerate(images)
         ]
-        self._check_tile_limits(images_kwargs)
+        self.check_tile_limits(images_kwargs)
         if not opened:
             return {}, [[] for _ in nested_images]
         tiles = self.image_processor(
@@ -562,7 +562,8 @@ class MultiCoCoProcessor(ProcessorMixin):
             for sample, (item, counts) in enumerate(zip(text, num_patches_list, strict=True))
         ]
 
-    def _check_tile_limits(self, images_kwargs: dict[str, Any]) -> None:
+    def check_tile_limits(self, images_kwargs: dict[str, Any]) -> None:
+        """Raises a `ValueError` if least or most tiles of an image are no counts, or the least exceeds the most."""
         fewest = images_kwargs.get("min_patches", self.image_processor.min_patches)
         most = images_kwargs.get("max_patches", self.image_processor.max_patches)
         for name, value in (("min_patches", fewest), ("max_patches", most)):

@@ -428,7 +428,10 @@ def _check_set(
     files: Sequence[str | Path]
     origin: Any
     if isinstance(source.rows, list):
+        _check_columns(source.rows, columns)
         return _check_list(source.rows, source, columns, wanted, skip_bad_records)
+    if isinstance(source.rows, Lines):
+        _check_columns(source.rows.read(range(len(source.rows))), columns)
     if isinstance(source.rows, HubDataset):
         check, images = _check_dataset(source.rows, columns, wanted)
         files = [file["filename"] for file in source.rows.cache_files]
@@ -449,6 +452,16 @@ def _check_set(
         desc=f"Checking {source.name}",
     )
     return RecordSet(table, source.name, images, source.weight, fingerprint=fingerprint), good, defects
+
+
+def _check_columns(rows: Iterable[Any], columns: Mapping[str, str]) -> None:
+    """Each column that a field is mapped to stands in some row; as a rule in the first."""
+    missing = set(columns.values())
+    for row in rows if missing else ():
+        if isinstance(row, Mapping) and not (missing := missing - row.keys()):
+            return
+    if missing:
+        raise ValueError(f"`columns` names {sorted(missing)}, but no row has them. Correct the names.")
 
 
 def _check_list(
@@ -544,6 +557,8 @@ def _check_row(row: Any, number: int, columns: Mapping[str, str], wanted: _Wante
     if "images" not in columns and row.get("image") is not None and row.get("images") is not None:
         raise ValueError(f"Record {record['id']!r}: has `image` and `images`, expected one of them. Leave one out.")
     conversation = row.get(columns.get("conversations", "conversations"))
+    if conversation is not None and row.get("video") is not None:
+        raise ValueError(f"Record {record['id']!r}: has a `video`, expected `image`. Give its frames as images.")
     for each in [record] if conversation is None else _records_of(conversation, record, wanted):
         where = f"Record {each['id']!r}"
         for name, check in _CHECKS:

@@ -56,6 +56,7 @@ class Source:
     rows: "Lines | HubDataset | list"
     folder: Path | None = None  # what its image paths are relative to
     weight: float = 1.0
+    files: Sequence[Path] = ()  # that its rows stand in
 
 
 @dataclass
@@ -125,7 +126,7 @@ def _open_sources(words: Sequence[str], split: str, image_folder: str | os.PathL
     for found in sets:
         if [one.name for one in sets].count(found.name) > 1:
             raise ValueError(f"`source` has two sets with the name {found.name}. Rename one: ids begin with it.")
-        for file in found.rows.files if isinstance(found.rows, Lines) else []:
+        for file in found.files:
             if owners.setdefault(file.resolve(), found.name) != found.name and len(words) > 1:
                 raise ValueError(
                     f"`source` reads {file} for {owners[file.resolve()]} and again for {found.name}. Name it once, "
@@ -149,15 +150,19 @@ def _open_source(word: str, split: str, image_folder: str | os.PathLike | None) 
         paths = sorted(glob.glob(word, recursive=True))
         if not paths:
             raise ValueError(f"`{word}` matches no file. Check the pattern.")
+        if len(set(map(os.path.realpath, paths))) < len(paths):
+            raise ValueError(
+                f"`{word}` matches a file twice, by a link. Its records would count twice: narrow it down."
+            )
     kinds = {Path(path).suffix for path in paths}
     if kinds <= {".json", ".jsonl"}:
         files = [Path(path) for path in paths]
         if len(files) == 1 and (sets := _sets_of_internvl(files[0], image_folder)) is not None:
             return sets
-        return [Source(word, _scan(files), _folder_of(files, word, image_folder))]
+        return [Source(word, _scan(files), _folder_of(files, word, image_folder), files=files)]
     if kinds == {".parquet"}:
-        rows = _load_dataset("parquet", split, word, data_files={split: paths})
-        return [Source(word, rows, _folder_of([Path(path) for path in paths], word, image_folder))]
+        rows, files = _load_dataset("parquet", split, word, data_files={split: paths}), [Path(path) for path in paths]
+        return [Source(word, rows, _folder_of(files, word, image_folder), files=files)]
     if len(paths) > 1:
         raise ValueError(f"`{word}` matches {sorted(kinds)}, expected .jsonl and .json, or .parquet. Narrow it down.")
     return [Source(word, _load_dataset(word, split, word), _folder(image_folder))]
@@ -181,6 +186,9 @@ def _sets_of_internvl(path: Path, image_folder: str | os.PathLike | None) -> lis
     if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         return None
     sets = _parse(path, content)
+    names = [name for name, _ in json.loads(content.decode("utf-8-sig"), object_pairs_hook=list)]
+    if twice := [name for name in sets if names.count(name) > 1]:
+        raise ValueError(f"`{path}` has two sets with the name {twice[0]}. Rename one: the first would be left out.")
     if not sets or not all(isinstance(one, Mapping) and "annotation" in one for one in sets.values()):
         raise ValueError(
             f"`{path}` holds a dict, expected a list of records. Put [ and ] around them. (InternVL's file of sets "
@@ -197,7 +205,7 @@ def _sets_of_internvl(path: Path, image_folder: str | os.PathLike | None) -> lis
             logger.warning(f"`{path}`, {name!r}: {ignored} are not followed. Tiles are those of `--max_patches`.")
         root = _folder(one.get("root") or None, f"`{path}`, {name!r}: `root`")
         folder = root or _folder(image_folder) or file.parent.resolve()
-        found.append(Source(name, _scan([file]), folder, float(weight)))
+        found.append(Source(name, _scan([file]), folder, float(weight), [file]))
     return found
 
 

@@ -9,17 +9,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import test_data
+from conftest import CHECKPOINT
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import record, write
 
+from multicoco import MultiCoCoProcessor
 from multicoco.configuration_multicoco import BLOCK_MODES, MODES
-from multicoco.curriculum import CurriculumArguments
+from multicoco.curriculum import CurriculumArguments, draw_order
 from multicoco.data_multicoco import ReasoningCollator, StageDataset, _Mixture
 from multicoco.records import load_records
 from multicoco.trainer_callbacks import AnswerCallback, CurriculumCallback
+from multicoco.training.memory import worst_batches
 from multicoco.training.results import make_judge
 
 
@@ -558,3 +561,86 @@ def test_data_that_is_only_asked_is_asked_with_the_thoughts_of_the_stage(folder,
     dataset = with_rules(folder, processor, rows, without_steps="no_thoughts")
     rules = dataset.curriculum
     assert [dataset.num_thoughts(0, stage) for stage in range(5)] == [rules.num_thoughts(stage) for stage in range(5)]
+
+
+# --- found by an attempt to break it -----------------------------------------------------------------------------
+
+
+def test_samples_from_the_end_are_those_of_a_list(tmp_path, processor):
+    files = [
+        write(tmp_path, [record(number, images=[]) for number in range(3)], name) for name in ("a.jsonl", "b.jsonl")
+    ]
+    dataset = StageDataset(load_records(files, weights=[1, 1.5]), processor, CurriculumArguments(mix="linear"))
+    dataset.set_stage(2, 1)
+    count = len(dataset)
+    assert [dataset[place - count] for place in range(count)] == [dataset[place] for place in range(count)]
+    assert [dataset.length(place - count) for place in range(count)] == list(map(dataset.length, range(count)))
+    for place in (count, -count - 1):
+        with pytest.raises(IndexError):
+            dataset[place]
+
+
+def test_no_file_is_read_twice_without_a_word(tmp_path):
+    rows = [record(number, images=[], id=None) for number in range(2)]
+    for name in ("x", "y"):
+        Dataset.from_list([{**row, "images": None} for row in rows]).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match="x.parquet for .* and again for"):
+        load_records([str(tmp_path / "*.parquet"), str(tmp_path / "x.parquet")])
+    write(tmp_path, rows, "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="matches a file twice, by a link"):
+        load_records(str(tmp_path / "*.jsonl"))
+
+
+def test_no_set_of_a_file_of_sets_hides_another(tmp_path):
+    file = json.dumps({"annotation": str(write(tmp_path, [record(0, images=[])], "a.jsonl"))})
+    (tmp_path / "sets.json").write_text(f'{{"one": {file}, "one": {file}}}')
+    with pytest.raises(ValueError, match="has two sets with the name one"):
+        load_records(tmp_path / "sets.json")
+
+
+def test_a_video_is_not_left_out_without_a_word():
+    turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "That"}]
+    with pytest.raises(ValueError, match="Record 7: has a `video`"):
+        load_records([{"id": 7, "video": "a.mp4", "conversations": turns}], needs_steps=False)
+
+
+def test_the_estimate_of_memory_sees_records_that_this_epoch_leaves_out(folder, sets, processor):
+    """An epoch of a quarter of a set may not have its longest record; a later one has."""
+    rows = [record(f"r{number}", images=[], steps=["go up " * (40 if number == 3 else 1)]) for number in range(4)]
+    path = write(folder, rows, "long.jsonl")
+    for seed in range(4):  # another record of the four in the first epoch
+        part, whole = (
+            StageDataset(load_records([str(path)], weights=[weight]), processor, CurriculumArguments(), seed=seed)
+            for weight in (0.25, 1)
+        )
+        assert len(part) == 1
+        assert worst_batches(part, 1) == worst_batches(whole, 1)
+        assert part.max_new_tokens() == whole.max_new_tokens()
+
+
+def test_many_sets_with_parts_draw_each_order_once(monkeypatch):
+    drawn = Counter()
+
+    def draw(count, key):
+        drawn[key] += 1
+        return draw_order(count, key)
+
+    monkeypatch.setattr("multicoco.data_multicoco.draw_order", draw)
+    mixture = _Mixture([(np.arange(5), 0.6)] * 40, 0)
+    shuffled = np.random.default_rng(0).permutation(mixture.num_samples).tolist()
+    for epoch in range(4):
+        for _ in range(3):
+            for sample in shuffled:
+                mixture.record(sample, epoch)
+    assert set(drawn.values()) == {1}
+    again = pickle.loads(pickle.dumps(mixture))
+    assert [again.record(sample, 3) for sample in shuffled] == [mixture.record(sample, 3) for sample in shuffled]
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_patches", 0), ("min_patches", 20), ("max_patches", 2.5)])
+def test_limits_of_tiles_that_cannot_be_are_not_taken(name, value):
+    processor = MultiCoCoProcessor.from_pretrained(CHECKPOINT)
+    setattr(processor.image_processor, name, value)
+    with pytest.raises(ValueError, match="max_patches` must|min_patches` must"):
+        StageDataset([record(0, images=[])], processor, CurriculumArguments())

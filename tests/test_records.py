@@ -1038,3 +1038,16 @@ def test_ranks_with_other_records_are_told_before_they_train(folder, processor, 
     assert [exit_code(child) for child in [in_child(begin, rank) for rank in range(2)]] == [0, 0]
     told = [(tmp_path / f"told{rank}").read_text() for rank in range(2)]
     assert told == ["", ""] if lacks is None else all("not the same on all ranks" in text for text in told)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "list"])
+def test_a_mapped_column_that_no_row_has_is_named(folder, kind):
+    """Pictures under a name that is spelled otherwise were left out without a word."""
+    rows = [{**record(0), "shot": None}, {**record(1), "shot": "a.png"}]
+    for row in rows:
+        del row["images"]
+    source = write(folder, rows) if kind == "jsonl" else rows
+    where = {"image_folder": folder}
+    assert [len(item["images"]) for item in load_records(source, columns={"images": "shot"}, **where)] == [0, 1]
+    with pytest.raises(ValueError, match=r"`columns` names \['shots'\], but no row has them"):
+        load_records(source, columns={"images": "shots"}, **where)

@@ -221,8 +221,7 @@ def worst_batches(dataset: StageDataset, batch_size: int) -> list[BatchShape]:
     """
     visual, stages = dataset.num_image_token, range(dataset.curriculum.last_stage + 1)
     longest: list[list[tuple[int, int, int, int]]] = [[] for _ in stages]  # of each stage, the longest so far
-    for index in range(len(dataset)):
-        shape = dataset.shape(index)
+    for shape in dataset.shapes():
         for stage, rows in zip(stages, longest, strict=True):
             rows.append(_longest(shape, stage, dataset.curriculum))
             if len(rows) > 2 * batch_size:
