@@ -48,9 +48,10 @@ test: env
 test-clients: .venv-clients/installed
 	PATH="$(CURDIR)/.venv-clients/bin:$$PATH" .venv-clients/bin/python -m pytest tests/clients tests/test_clients.py
 
-# Memory of two ranks with 100,000 records, and the time to start.
+# Memory of two ranks with 100,000 records, the time to start; that the benchmark of pictures runs.
 check-records: env
 	$(BIN)/python benchmarks/records.py
+	$(BIN)/python benchmarks/pictures.py --quick
 
 # What needs longer than the gate, or environments of its own; the table goes into docs/release_check.md.
 release-check: env

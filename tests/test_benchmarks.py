@@ -16,9 +16,8 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
     [
         ("passes.py", ["native", "multicoco", "native, checkpointing", "multicoco, checkpointing"], 4),
         ("generation.py", ["native", "multicoco", "Coconut's way"], 2),
-        ("pictures.py", ["open", "resize", "thumbnail", "to floats", "copies", "whole record", "draft_jpeg"], 3),
     ],
-    ids=["passes", "generation", "pictures"],
+    ids=["passes", "generation"],
 )
 def test_quick_benchmark_prints_every_row_and_verdict(script, rows, num_verdicts, tmp_path):
     result = subprocess.run(

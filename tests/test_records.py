@@ -403,7 +403,7 @@ def fewer_tiles(path, folder, processor):
 CHANGES = {  # what it changes, and how many of the two tables are made anew
     "content": (change_content, 2),
     "folder": (move_folder, 2),
-    "columns": (lambda *_: {"how": {"columns": {"extra": "more"}}}, 2),
+    "columns": (lambda *_: {"how": {"columns": {"answers": "steps"}}}, 2),
     "needs_steps": (lambda *_: {"needs_steps": False}, 2),
     "steps_from": (lambda *_: {"how": {"steps_from": "think"}}, 2),
     "allow_outside": (lambda *_: {"how": {"allow_outside": True}}, 2),
