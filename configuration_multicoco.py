@@ -7,6 +7,7 @@ configuration. This file knows no tensors, no images and no tokenizer.
 """
 
 import json
+import math
 import os
 import re
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeGuard
@@ -42,7 +43,7 @@ CONTROL_FEEDBACK = {"pause": "latent_one_pass", "pause_loop": "latent"}
 # The modes whose samples hold a block of thoughts; the others have written steps, or nothing, in its place.
 BLOCK_MODES = ("coconut", *CONTROL_FEEDBACK)
 # The fields that training sets: what a checkpoint was trained as, and how it is to be asked.
-TRAINED = ("mode", "stage", "num_thoughts", "thought_feedback", "c_thought", "max_latent_stage")
+TRAINED = ("mode", "stage", "num_thoughts", "thought_feedback", "c_thought", "max_latent_stage", "step_loss_weight")
 
 # Language models whose parameter names are the same in an original checkpoint and in transformers.
 ORIGINAL_TEXT_MODELS = {
@@ -85,6 +86,9 @@ class MultiCoCoConfig(InternVLConfig):
             What is fed at a latent position: the state before it as it is (`"identity"`, the paper's) or with the norm
             of the embedding of `<|latent|>` (`"rms_match"`); or, in the controls, that embedding itself, in the same
             passes (`"latent"`) or in one plain pass (`"latent_one_pass"`).
+        step_loss_weight (`float`, defaults to 0):
+            What the step loss counts beside that of the words, in training; 0: there was none (the paper), and the
+            thoughts cannot be read. See [`~objectives.StepDecoding`].
         mode (`str`, defaults to `"coconut"`):
             What the checkpoint was trained as: `coconut`, `cot`, `no_cot`, `no_thoughts`, `pause` or `pause_loop`. It
             changes nothing in the model; older files say by it what `thought_feedback` says now.
@@ -105,6 +109,7 @@ class MultiCoCoConfig(InternVLConfig):
     ```"""
 
     model_type = "multicoco"
+    keys_to_ignore_at_inference = ["past_key_values", "step_loss"]  # no predictions, in `Trainer.evaluate`
 
     latent_token_id: int | None = None
     start_latent_id: int | None = None
@@ -114,6 +119,7 @@ class MultiCoCoConfig(InternVLConfig):
     stage: int = 0
     num_thoughts: int | None = None
     thought_feedback: str = "identity"
+    step_loss_weight: float = 0.0
     mode: str = "coconut"
     system_message: str | None = None
 
@@ -195,6 +201,9 @@ class MultiCoCoConfig(InternVLConfig):
                 continue
             if not is_int(value) or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        weight = self.step_loss_weight
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise ValueError(f"`step_loss_weight` must be a number of at least 0, got {weight!r}.")
         if self.mode not in MODES:
             raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {self.mode!r}.")
         if self.thought_feedback not in FEEDBACKS:

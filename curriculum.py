@@ -8,6 +8,7 @@ Only what follows the block is a label. The rules are those of the original prog
 27273cb); where it trains and asks with different numbers of thoughts, we ask as we train.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -59,6 +60,9 @@ class CurriculumArguments:
     )
     c_thought: int = setting("Continuous thoughts that replace one written step.", default=2)
     max_latent_stage: int = setting("Stages that replace one more step each.", default=3)
+    first_latent_stage: int = setting(
+        "The stage after stage 0; as large as the last one, all steps are replaced at once.", default=1
+    )
     final_stage: bool = setting(
         "One more stage without any written step, for records of more than `max_latent_stage` steps.", default=True
     )
@@ -68,6 +72,15 @@ class CurriculumArguments:
     epochs_per_stage: int = setting("Epochs before the next step is replaced.", default=3)
     epochs_stage_0: int | None = setting(
         "Epochs of written reasoning first; `epochs_per_stage` if not given.", default=None
+    )
+    draw_surplus: bool = setting(
+        "In the last stage draw how many thoughts of a sample are more than its steps have, at least those of one.",
+        default=False,
+    )
+    step_loss_weight: float = setting(
+        "Weight of the step loss: the thoughts of a step must be readable as that step, surplus ones as the answer. "
+        "0: the paper's training.",
+        default=0.0,
     )
     mix: str = setting(
         "Stage of a sample: none: the scheduled one. linear: any stage up to it, later ones more often "
@@ -92,15 +105,25 @@ class CurriculumArguments:
     )
 
     def __post_init__(self):
-        check_settings(self, c_thought=1, max_latent_stage=0, epochs_per_stage=1, epochs_stage_0=0)
+        least = {"first_latent_stage": 1, "epochs_per_stage": 1, "epochs_stage_0": 0}
+        check_settings(self, c_thought=1, max_latent_stage=0, **least)
+        if self.first_latent_stage > max(1, self._most_stages):
+            raise ValueError(
+                f"`--first_latent_stage` must be a stage, at most {self._most_stages} (`max_latent_stage`, and one more "
+                f"with `final_stage`), got {self.first_latent_stage}."
+            )
+        if not 0 <= self.step_loss_weight < math.inf:
+            raise ValueError(f"`--step_loss_weight` must be a number of at least 0, got {self.step_loss_weight}.")
         if not 0 <= self.mix_prob <= 1:
             raise ValueError(f"`--mix_prob` must be between 0 and 1, got {self.mix_prob}.")
 
     @property
     def last_stage(self) -> int:
         """The stage that the schedule ends with; 0 for the modes without stages."""
-        if self.mode in ("cot", "no_cot"):
-            return 0
+        return 0 if self.mode in ("cot", "no_cot") else self._most_stages
+
+    @property
+    def _most_stages(self) -> int:
         return self.max_latent_stage + (1 if self.final_stage else 0)
 
     @property
@@ -111,13 +134,14 @@ class CurriculumArguments:
     @property
     def num_epochs(self) -> int:
         """Epochs of the whole schedule. The modes without stages get as many, so that all train equally long."""
-        return self.first_epochs + (self.max_latent_stage + (1 if self.final_stage else 0)) * self.epochs_per_stage
+        return self.first_epochs + (self._most_stages - self.first_latent_stage + 1) * self.epochs_per_stage
 
     def stage(self, epoch: int) -> int:
         """The scheduled stage of an epoch (from 0); a pure function, so that a resumed run finds it by itself."""
         if epoch < self.first_epochs:
             return 0
-        return min(1 + (epoch - self.first_epochs) // self.epochs_per_stage, self.last_stage)
+        later = (epoch - self.first_epochs) // self.epochs_per_stage
+        return min(self.first_latent_stage + later, self.last_stage)
 
     def counts(self, num_steps: int, stage: int) -> tuple[int, int]:
         """Thoughts, and written steps that are gone, for a record of `num_steps` steps at `stage`."""
@@ -143,6 +167,11 @@ class CurriculumArguments:
         """Whether the two markers of a thought block are written; the controls without thoughts have none."""
         return self.mode in BLOCK_MODES
 
+    @property
+    def decodes_steps(self) -> bool:
+        """Whether the thoughts, or what they would have been, must be readable as their steps."""
+        return self.has_block and self.step_loss_weight > 0
+
     def num_thoughts(self, stage: int) -> int | None:
         """The number of thoughts at inference after `stage`, as a configuration has it; `None`: no block."""
         return self.counts(self.max_latent_stage + 1, stage)[0] if self.has_block else None
@@ -167,6 +196,30 @@ def draw_rationale(num_rationales: int, key: tuple[int, int, int]) -> int:
     if num_rationales < 2:
         return 0
     return int(np.random.default_rng((*key, 1)).integers(num_rationales))  # 1: another stream than the stage's
+
+
+def draw_surplus(
+    curriculum: CurriculumArguments, stage: int, num_steps: int, num_thoughts: int, key: tuple[int, int, int]
+) -> int:
+    """
+    The thoughts of one sample, of `num_thoughts` at most; fewer only in the last stage, where it has more groups than
+    steps. It keeps at least one surplus group. `key` is (seed, epoch, index), as in [`draw_stage`].
+    """
+    num_groups = num_thoughts // curriculum.c_thought
+    if not curriculum.draw_surplus or stage != curriculum.last_stage or num_groups <= num_steps:
+        return num_thoughts
+    generator = np.random.default_rng((*key, 3))  # 3: another stream than the others'
+    return int(generator.integers(num_steps + 1, num_groups + 1)) * curriculum.c_thought
+
+
+def texts_of_groups(
+    num_groups: int, steps: Sequence[Sequence[int]], answer: Sequence[int], end_of_turn: int
+) -> list[list[int]]:
+    """
+    The text that each group of thoughts stands for: the k-th for the k-th of all `steps`, those beyond for the
+    `answer`. Each ends as a turn does, so that a model that writes it stops there.
+    """
+    return [[*steps[group], end_of_turn] if group < len(steps) else list(answer) for group in range(num_groups)]
 
 
 def draw_order(count: int, key: tuple[int, int, int]) -> np.ndarray:

@@ -18,7 +18,16 @@ from datasets import Dataset as HubDataset
 from PIL import Image
 
 from .configuration_multicoco import IMAGE_CONTEXT_TOKEN, LATENT_TOKEN, TURN_END_TOKEN, thought_block
-from .curriculum import ANSWER_MARK, CurriculumArguments, compose, draw_order, draw_rationale, draw_stage
+from .curriculum import (
+    ANSWER_MARK,
+    CurriculumArguments,
+    compose,
+    draw_order,
+    draw_rationale,
+    draw_stage,
+    draw_surplus,
+    texts_of_groups,
+)
 from .processing_multicoco import MultiCoCoProcessor, expand_image_tokens, open_image
 from .records import DatasetImage, Records, load_records, turns
 from .sources import RowReader, fingerprint_of, list_defects, make_table, state_of
@@ -293,6 +302,7 @@ class StageDataset(torch.utils.data.Dataset):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT_TOKEN)
         start, latent, end = tokenizer(thought_block(1), add_special_tokens=False)["input_ids"]
         self.block_ids = start, latent, end
+        self.end_of_turn_id = tokenizer.convert_tokens_to_ids(TURN_END_TOKEN)
         self._clock = torch.zeros(2, dtype=torch.long).share_memory_()  # stage, epoch
         how: dict[str, Any] = {
             "skip_bad_records": skip_bad_records,
@@ -359,7 +369,12 @@ class StageDataset(torch.utils.data.Dataset):
                 "leave the record out."
             )
         number, num_thoughts, num_gone = self._draw(index, [len(steps) for steps in row.rationales])
-        return self._sample(row, num_thoughts, row.rationales[number][num_gone:], row.answer)
+        steps, rules = row.rationales[number], self.curriculum
+        sample = self._sample(row, num_thoughts, steps[num_gone:], row.answer)
+        if rules.decodes_steps:
+            num_groups = (num_thoughts or 0) // rules.c_thought
+            sample["step_ids"] = texts_of_groups(num_groups, steps, row.answer, self.end_of_turn_id)
+        return sample
 
     def length(self, index: int) -> int:
         """Tokens of a sample, without reading them."""
@@ -375,6 +390,7 @@ class StageDataset(torch.utils.data.Dataset):
         number = draw_rationale(len(num_steps), key)
         drawn = draw_stage(self.curriculum, stage, num_steps[number], key)
         num_thoughts, num_gone = self.curriculum.counts(num_steps[number], drawn)
+        num_thoughts = draw_surplus(self.curriculum, drawn, num_steps[number], num_thoughts, key)
         return number, num_thoughts if self.curriculum.has_block else None, num_gone
 
     def num_thoughts(self, index: int, stage: int) -> int | None:
@@ -491,8 +507,9 @@ class ReasoningCollator:
             [`MultiCoCoProcessor.normalize_pixels`], which `StageTrainer` calls, makes them numbers where the model is.
             Those of prompts are numbers in any case.
 
-    Returns, when called: `input_ids`, `attention_mask`, `labels` of shape `(batch_size, sequence_length)`, and with
-    images `pixel_values` `(sum of tiles, 3, height, width)` and `num_patches_list`.
+    Returns, when called: `input_ids`, `attention_mask`, `labels` of shape `(batch_size, sequence_length)`; with images
+    `pixel_values` `(sum of tiles, 3, height, width)` and `num_patches_list`; and with a step loss `step_ids`
+    `(batch_size, groups, length)`, what each group of thoughts stands for, also if no sample has a thought.
     """
 
     def __init__(self, processor: MultiCoCoProcessor, *, normalize_on_device: bool = False):
@@ -529,6 +546,8 @@ class ReasoningCollator:
         }
         if all("labels" in feature for feature in features):
             batch["labels"] = torch.tensor([row(item["labels"], left, -100) for item, left in pairs])
+        if any("step_ids" in feature for feature in features):
+            batch["step_ids"] = _padded_texts(features)
         return batch
 
     def _pixels(self, features: Sequence[Mapping[str, Any]], *, as_bytes: bool = False) -> dict[str, Any]:
@@ -586,6 +605,23 @@ class ReasoningCollator:
             )
         if self.latent_token_id in feature["input_ids"][: visual[-1]]:
             raise ValueError(f"Sample {sample}: a thought stands before an image. Put the images into the question.")
+
+
+def _padded_texts(features: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    """The texts of all groups of all samples as one tensor (B, groups, length), filled up by -100."""
+    for sample, feature in enumerate(features):
+        if "step_ids" not in feature:
+            raise ValueError(
+                f"{_name(feature, sample)}: `step_ids` are missing, but others of the batch have them. Give all "
+                "data sets the same `step_loss_weight`."
+            )
+    samples = [feature["step_ids"] for feature in features]
+    length = max((len(text) for texts in samples for text in texts), default=0)
+    padded = torch.full((len(samples), max(map(len, samples)), length), -100)
+    for sample, texts in enumerate(samples):
+        for group, text in enumerate(texts):
+            padded[sample, group, : len(text)] = torch.tensor(text)
+    return padded
 
 
 def _name(feature: Mapping[str, Any], sample: int) -> str:

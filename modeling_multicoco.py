@@ -45,6 +45,7 @@ from .configuration_multicoco import (
     LATENT_TOKEN,
     OWN,
     START_LATENT_TOKEN,
+    STATE_FEEDBACKS,
     MultiCoCoConfig,
     NumThoughts,
     thought_block,
@@ -57,6 +58,7 @@ from .modeling_internvl_chat import (
     register_checkpoint_names,
     takes_original_order,
 )
+from .objectives import StepDecoding, place_labels, states_before
 from .passes import (
     REENTRANT,
     EditThoughts,
@@ -87,11 +89,14 @@ class MultiCoCoModelOutputWithPast(InternVLModelOutputWithPast):
         What the head reads. At the position before a thought it is that thought.
     thoughts (`torch.FloatTensor` of shape `(batch_size, num_thoughts, hidden_size)`, *optional*):
         What was fed at the latent positions, with `return_thoughts=True`; zeros after the last thought of a row.
+    states (`torch.FloatTensor` of shape `(batch_size, num_thoughts, hidden_size)`, *optional*):
+        The same with `return_states=True`; but in the controls, which feed constants, what thoughts would have been.
     inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
         All that was fed, images and thoughts in their places, with `return_inputs_embeds=True`.
     """
 
     thoughts: torch.Tensor | None = None
+    states: torch.Tensor | None = None
     inputs_embeds: torch.Tensor | None = None
 
 
@@ -106,9 +111,12 @@ class MultiCoCoOutputWithPast(InternVLCausalLMOutputWithPast):
         the largest tensor of the step, and only the labelled positions are needed.
     thoughts (`torch.FloatTensor` of shape `(batch_size, num_thoughts, hidden_size)`, *optional*):
         What was fed at the latent positions, with `return_thoughts=True`; zeros after the last thought of a row.
+    step_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        With `step_ids`: the part of the loss that is not of the words, before `config.step_loss_weight`.
     """
 
     thoughts: torch.Tensor | None = None
+    step_loss: torch.Tensor | None = None
 
 
 class MultiCoCoModel(InternVLChatBackbone):
@@ -133,13 +141,19 @@ class MultiCoCoModel(InternVLChatBackbone):
         return_thoughts: bool = False,
         edit_thoughts: EditThoughts | None = None,
         answer_sees: str = "all",
+        return_states: bool = False,
         return_inputs_embeds: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, ...] | MultiCoCoModelOutputWithPast:
         """
         Arguments and errors as in [`MultiCoCoForConditionalGeneration.forward`], but for its head; with
-        `return_inputs_embeds` the output has all that was fed.
+        `return_states` and `return_inputs_embeds` the output has them.
         """
+        if kwargs.get("step_ids") is not None:
+            raise ValueError(
+                "`step_ids` came to the model without its head, which has no step loss: it would be lost. Let the "
+                "whole model compute the loss (in trl `loss_type='nll'`), or set `step_loss_weight` to 0."
+            )
         tokens = _tokens_of(input_ids, inputs_embeds)
         if inputs_embeds is not None and (pixel_values is not None or mm_encoder_outputs):
             raise ValueError("With `inputs_embeds`, place the images yourself: `inputs_embeds=model.fuse(...)`.")
@@ -161,6 +175,7 @@ class MultiCoCoModel(InternVLChatBackbone):
             answer_sees,
             needs_passes=edit_thoughts is not None or return_thoughts,
         )
+        feeds_states = self.config.thought_feedback in STATE_FEEDBACKS
 
         embeds: Any = inputs_embeds
         features = None
@@ -192,6 +207,11 @@ class MultiCoCoModel(InternVLChatBackbone):
             attentions=join_attentions(outputs),
             image_hidden_states=features,
             thoughts=thoughts if return_thoughts else None,
+            states=None
+            if not return_states
+            else thoughts
+            if feeds_states
+            else states_before(hidden_states, plan.numbers),
             inputs_embeds=torch.cat(chunks, dim=1) if return_inputs_embeds else None,
         )
 
@@ -318,7 +338,7 @@ class MultiCoCoModel(InternVLChatBackbone):
         return latent_mask.cumsum(dim=1) * latent_mask
 
 
-class MultiCoCoForConditionalGeneration(InternVLChatModel):
+class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
     r"""
     InternVL that thinks in continuous thoughts: [`MultiCoCoModel`] and a language model's head.
 
@@ -359,6 +379,7 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
         return_thoughts: bool = False,
         edit_thoughts: EditThoughts | None = None,
         answer_sees: str = "all",
+        step_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...] | MultiCoCoOutputWithPast:
         r"""
@@ -385,16 +406,24 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             answer_sees (`str`, defaults to `"all"`):
                 What positions after the last thought may attend to: `"all"`, `"no_image"`, or `"thoughts_only"`
                 (the thoughts, and what comes after them). The thoughts themselves see everything before them.
+            step_ids (`torch.LongTensor` of shape `(batch_size, groups, length)`, *optional*):
+                Token ids of the text that each group of `config.c_thought` thoughts stands for, -100 behind it and
+                where there is none. The loss then has a second part, see [`~objectives.step_loss`].
 
         Raises:
             ValueError: tiles and `<IMG_CONTEXT>` tokens do not match; a thought that has no state before it, or that
-                stands in the padding or before an image; checkpointing that would give wrong gradients.
+                stands in the padding or before an image; checkpointing that would give wrong gradients; `step_ids`
+                without labels, thoughts or weight.
         """
         labelled = None
         if labels is not None:
-            labels, labelled = _place_labels(labels, _tokens_of(input_ids, inputs_embeds), logits_to_keep)
+            labels, labelled = place_labels(labels, _tokens_of(input_ids, inputs_embeds), logits_to_keep)
             if len(labelled[0]) == 0 and kwargs.get("num_items_in_batch") is None:
                 raise ValueError("`labels` are all -100, so there is no loss. Give at least one position a label.")
+        texts = None
+        if step_ids is not None:
+            latents = input_ids == self.config.latent_token_id if latent_mask is None else latent_mask
+            texts = self.read_step_ids(step_ids, labelled, latents)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -412,10 +441,17 @@ class MultiCoCoForConditionalGeneration(InternVLChatModel):
             return_thoughts=return_thoughts,
             edit_thoughts=edit_thoughts,
             answer_sees=answer_sees,
+            return_states=texts is not None,
             return_dict=True,
             **kwargs,
         )
-        return self._output(outputs, labels, labelled, logits_to_keep, **kwargs)
+        output = self._output(outputs, labels, labelled, logits_to_keep, **kwargs)
+        if texts is not None and labelled is not None:
+            num_labels = kwargs.get("num_items_in_batch")
+            num_labels = len(labelled[0]) if num_labels is None else num_labels
+            output.step_loss = self.step_loss(outputs.states, outputs.last_hidden_state, texts) / num_labels
+            output.loss = output.loss + self.config.step_loss_weight * output.step_loss
+        return output
 
     def _output(
         self,
@@ -755,28 +791,6 @@ def _tokens_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | Non
     if inputs_embeds is not None and input_ids is None:
         return inputs_embeds[..., 0]
     raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-
-
-def _place_labels(
-    labels: torch.Tensor, tokens: torch.Tensor, logits_to_keep: int | torch.Tensor
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """
-    Labels (B, kept) that go with the positions of `logits_to_keep`, in their places (B, T): the logits of the i-th
-    kept position predict label i + 1, whatever lies between (ms-swift). And, on the host, the rows and positions whose
-    next token has a label.
-    """
-    kept = torch.arange(tokens.shape[1], device=labels.device)
-    if isinstance(logits_to_keep, int):
-        kept = kept[-logits_to_keep:]  # 0 keeps all
-    else:
-        kept = kept[logits_to_keep.to(labels.device)]
-    if len(kept) != tokens.shape[1] and labels.dim() == 2 and labels.shape[1] == len(kept):
-        spread = labels.new_full((len(labels), tokens.shape[1]), -100)
-        spread[:, kept[0]] = labels[:, 0]
-        spread[:, kept[:-1] + 1] = labels[:, 1:]
-        labels = spread
-    check_shapes(tokens, labels=labels)
-    return labels, (labels[:, 1:].cpu() != -100).nonzero(as_tuple=True)
 
 
 register_checkpoint_names(MultiCoCoForConditionalGeneration)

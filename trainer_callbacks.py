@@ -62,6 +62,8 @@ class CurriculumCallback(TrainerCallback):
     def __init__(self, curriculum: CurriculumArguments, *datasets: StageDataset):
         self.curriculum, self.datasets = curriculum, datasets
         self.stage = 0
+        self._totals: torch.Tensor | None = None  # since the last log: of step losses times labels, and of labels
+        self._hook: Any = None
 
     def on_train_begin(
         self,
@@ -78,6 +80,35 @@ class CurriculumCallback(TrainerCallback):
         for dataset in self.datasets:
             check_ranks_agree(dataset, args.device)
         self._enter(int(state.epoch or 0), model, processing_class)
+        if self.curriculum.decodes_steps and self._hook is None:
+            self._hook = model.register_forward_hook(self._count_step_loss, with_kwargs=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leaves the model without the hook that reads its step loss."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._totals = None
+
+    def _count_step_loss(self, model: Any, inputs: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not model.training or output.get("step_loss") is None:
+            return
+        num_labels = (kwargs["labels"][:, 1:] != -100).sum(dim=1)  # (B,)
+        has_texts = (kwargs["step_ids"] != -100).flatten(1).any(dim=1)  # (B,): only these have a part in the loss
+        divisor = kwargs.get("num_items_in_batch")
+        total = output.step_loss.detach() * (num_labels.sum() if divisor is None else divisor)
+        totals = torch.stack([total, (num_labels * has_texts).sum()]).double()
+        self._totals = totals if self._totals is None else self._totals + totals
+
+    def _step_loss(self, device: torch.device) -> dict[str, float]:
+        """The mean step loss since the last log, of all ranks together; every rank must call it."""
+        totals = torch.zeros(2, dtype=torch.float64, device=device) if self._totals is None else self._totals
+        self._totals = None
+        if world_size() > 1:
+            dist.all_reduce(totals)
+        total, num_labels = totals.tolist()
+        return {"step_loss": total / num_labels} if num_labels else {}
 
     def on_epoch_begin(
         self,
@@ -109,10 +140,12 @@ class CurriculumCallback(TrainerCallback):
         logs: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the stage and its number of thoughts to a logged loss."""
+        """Adds the stage, its number of thoughts and the step loss to a logged loss."""
         if "loss" in logs:
             num_thoughts = self.curriculum.num_thoughts(self.stage) or 0
-            add_to_log(state, logs, {"curriculum/stage": self.stage, "curriculum/num_thoughts": num_thoughts})
+            steps = self._step_loss(args.device) if self.curriculum.decodes_steps else {}
+            stage = {"curriculum/stage": self.stage, "curriculum/num_thoughts": num_thoughts}
+            add_to_log(state, logs, steps | stage)
 
     def on_save(
         self,
@@ -133,7 +166,8 @@ class CurriculumCallback(TrainerCallback):
             dataset.set_stage(self.stage, epoch)
         num_thoughts = self.curriculum.num_thoughts(self.stage)
         rules = {name: getattr(self.curriculum, name) for name in ("mode", "c_thought", "max_latent_stage")}
-        model.config.set_trained(**rules, stage=self.stage, num_thoughts=num_thoughts)
+        weight = self.curriculum.step_loss_weight if self.curriculum.decodes_steps else 0.0
+        model.config.set_trained(**rules, stage=self.stage, num_thoughts=num_thoughts, step_loss_weight=weight)
         if hasattr(processing_class, "num_thoughts"):
             processing_class.num_thoughts = num_thoughts
 

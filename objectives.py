@@ -1,0 +1,213 @@
+"""What a training step minimises: where labels stand, and the *step loss*, which makes thoughts readable.
+
+A group of `c_thought` thoughts stands for a text: the written step that it replaced, or, for surplus groups, the
+answer. Beside the words after its thoughts, a sample must write these texts, each from its group *alone*:
+
+    <thought> <thought>   D  4  \\n <|im_end|>        the same language model and head, positions from 0,
+    `---- a group ----'   `- what it must write -'    no picture, no question
+
+The idea is SIM-CoT's (arXiv 2509.20317), without its second model, and with the answer for surplus thoughts.
+
+Knows a language model, embeddings and a head as functions; no images, no text, no passes.
+
+Shapes: B batch, T tokens, D hidden size, n thoughts, G groups, L tokens of the longest text, M texts of a batch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from .compat import is_sharded
+from .modeling_internvl_chat import check_shapes
+
+
+IGNORED = -100
+
+
+def place_labels(
+    labels: torch.Tensor, tokens: torch.Tensor, logits_to_keep: int | torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """
+    Labels (B, kept) that go with the positions of `logits_to_keep`, in their places (B, T): the logits of the i-th
+    kept position predict label i + 1, whatever lies between (ms-swift). And, on the host, the rows and positions whose
+    next token has a label. `tokens` is anything of shape (B, T).
+    """
+    kept = torch.arange(tokens.shape[1], device=labels.device)
+    if isinstance(logits_to_keep, int):
+        kept = kept[-logits_to_keep:]  # 0 keeps all
+    else:
+        kept = kept[logits_to_keep.to(labels.device)]
+    if len(kept) != tokens.shape[1] and labels.dim() == 2 and labels.shape[1] == len(kept):
+        spread = labels.new_full((len(labels), tokens.shape[1]), IGNORED)
+        spread[:, kept[0]] = labels[:, 0]
+        spread[:, kept[:-1] + 1] = labels[:, 1:]
+        labels = spread
+    check_shapes(tokens, labels=labels)
+    return labels, (labels[:, 1:].cpu() != IGNORED).nonzero(as_tuple=True)
+
+
+@dataclass
+class StepTexts:
+    """The texts that groups of thoughts stand for, on the host: checked and read before any compute."""
+
+    rows: torch.Tensor  # (M,), of the batch
+    groups: torch.Tensor  # (M,), from 0
+    ids: torch.Tensor  # (M, L), filled up by -100
+    shares: torch.Tensor  # (M,): what each token of a text counts, before it is divided by the labels of the batch
+
+
+# For a rank that has no text where others have: the same calls, and nothing of it counts.
+NO_TEXT = StepTexts(*torch.zeros(2, 1, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1))
+
+
+class StepDecoding:
+    """What a model with a head can do with groups of thoughts: learn to write their texts, and write them."""
+
+    config: Any
+    generation_config: Any
+    model: Any
+    lm_head: Any
+    generate: Any
+
+    def read_step_ids(
+        self, step_ids: torch.Tensor, labelled: tuple[torch.Tensor, ...] | None, latents: torch.Tensor | bool
+    ) -> StepTexts:
+        """
+        The texts of a batch.
+
+        Args:
+            step_ids (`torch.LongTensor` of shape `(B, G, L)`): Token ids of each group's text; -100 behind it, and
+                where a group stands for none.
+            labelled (`tuple[torch.LongTensor, ...]`, *optional*): Row and position of each label, on the host.
+            latents (`torch.BoolTensor` of shape `(B, T)`): Where thoughts are.
+
+        Raises:
+            ValueError: no weight, no labels; a text with a gap, without its thoughts, or without labels beside it.
+        """
+        if not self.config.step_loss_weight:
+            raise ValueError(
+                "`step_ids` came, but `config.step_loss_weight` is 0, so their loss would be lost. Set it (as "
+                "`CurriculumCallback` does), or leave `step_ids` out."
+            )
+        if labelled is None:
+            raise ValueError(
+                "`step_ids` came without `labels`, so the loss that they are part of would be lost. Pass both or "
+                "neither (`label_smoothing_factor` and `compute_loss_func` take labels away)."
+            )
+        if step_ids.dim() != 3 or not isinstance(latents, torch.Tensor) or len(latents) != len(step_ids):
+            raise ValueError(
+                f"`step_ids` has shape {tuple(step_ids.shape)}, expected (batch_size, groups, length) of the batch, "
+                "with `input_ids` or `latent_mask`. Take all inputs from one collator."
+            )
+        ids, c_thought = step_ids.cpu(), self.config.c_thought
+        is_text = ids != IGNORED  # (B, G, L)
+        lengths = is_text.sum(dim=-1)  # (B, G)
+        if ((torch.arange(ids.shape[-1]) < lengths[..., None]) != is_text).any() or (ids[is_text] < 0).any():
+            raise ValueError("`step_ids` must be token ids, and -100 only behind those of a text. Mend the collator.")
+        rows, groups = (lengths > 0).nonzero(as_tuple=True)
+        num_thoughts = latents.sum(dim=1).cpu()
+        num_labels = torch.bincount(labelled[0], minlength=len(ids))  # (B,)
+        for wrong, reason in (
+            ((groups + 1) * c_thought > num_thoughts[rows], "more groups than it has thoughts for"),
+            (num_labels[rows] == 0, "texts but no label, so that they would count nothing"),
+        ):
+            if wrong.any():
+                sample = int(rows[wrong][0])
+                raise ValueError(
+                    f"Sample {sample}: `step_ids` has {reason}: {int((lengths[sample] > 0).sum())} texts, "
+                    f"{int(num_thoughts[sample])} thoughts of which {c_thought} are a group (`config.c_thought`), "
+                    f"{int(num_labels[sample])} labels. Take them all from the same StageDataset."
+                )
+        shares = num_labels / lengths.sum(dim=1).clamp(min=1)  # (B,): a sample's texts count as much as its words
+        return StepTexts(rows, groups, ids[rows, groups], shares[rows])
+
+    def step_loss(self, states: torch.Tensor | None, hidden_states: torch.Tensor, texts: StepTexts) -> torch.Tensor:
+        """
+        The sum over samples of `number of labels * mean cross-entropy of the tokens of its texts`. Divided by all
+        labels of a step it is a mean that does not change with how samples are split into batches and ranks.
+
+        Args:
+            states (`torch.FloatTensor` of shape `(B, n, D)`, *optional*): What thoughts are made of.
+            hidden_states (`torch.FloatTensor` of shape `(B, T, D)`): Any of the batch.
+            texts ([`StepTexts`]): Of the batch.
+        """
+        if len(texts.rows) == 0 or states is None:
+            if not is_sharded(self.model):
+                return hidden_states.new_zeros((), dtype=torch.float32)
+            texts, states = NO_TEXT, hidden_states[:1, :1].expand(-1, self.config.c_thought, -1)
+        ids = texts.ids  # (M, L)
+        thoughts = self._groups(states)[texts.rows, texts.groups]  # (M, c_thought, D)
+        words = self.model.get_input_embeddings()(ids[:, :-1].clamp(min=0).to(thoughts.device))  # (M, L - 1, D)
+        inputs_embeds = torch.cat([thoughts, words.to(thoughts)], dim=1)
+        outputs = self.model.language_model(inputs_embeds=inputs_embeds, use_cache=False)
+        rows, places = (ids != IGNORED).nonzero(as_tuple=True)  # the K tokens of all texts
+        places_of_logits = places + self.config.c_thought - 1
+        logits = self.lm_head(outputs.last_hidden_state[rows, places_of_logits])  # (K, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = cross_entropy(logits, ids[rows, places].to(logits.device), reduction="none")  # (K,)
+        return (losses * texts.shares[rows].to(losses)).sum()
+
+    @torch.no_grad()
+    def read_thoughts(self, thoughts: torch.Tensor, *, max_new_tokens: int = 64, **kwargs: Any) -> torch.Tensor:
+        """
+        What thoughts stand for, in words: each group of `config.c_thought` is given alone to the language model, which
+        was trained to write the step, or the answer, that it stands for (`step_loss_weight`). Readable is not used:
+        diagnose.py says whether answers follow from them.
+
+        Args:
+            thoughts (`torch.FloatTensor` of shape `(batch_size, num_thoughts, hidden_size)`): Such as `generate(...,
+                return_thoughts=True)` returns. Groups of zeros, behind the last thought of a row, are read as nothing.
+            max_new_tokens (`int`, defaults to 64): Of the longest text.
+            kwargs: Any argument of [`~transformers.GenerationMixin.generate`] with which it returns token ids.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, groups * num_return_sequences, length)`, padded on the right.
+
+        Raises:
+            ValueError: thoughts that are no whole groups, or of a model without a step loss.
+        """
+        c_thought = self.config.c_thought
+        if not self.config.step_loss_weight:
+            raise ValueError(
+                "`config.step_loss_weight` is 0: the thoughts of this checkpoint were not trained to be read. Train "
+                "with `--step_loss_weight 1`."
+            )
+        if thoughts.dim() != 3 or thoughts.shape[1] % c_thought or kwargs.get("return_dict_in_generate"):
+            raise ValueError(
+                f"`thoughts` have shape {tuple(thoughts.shape)}, expected (batch_size, num_thoughts, hidden_size), "
+                f"in whole groups of `config.c_thought` {c_thought}; and `return_dict_in_generate` is not taken."
+            )
+        groups = self._groups(thoughts).flatten(0, 1)  # (B * groups, c_thought, D)
+        is_read = groups.flatten(1).any(dim=1)
+        if not is_read.any():
+            return torch.empty(len(thoughts), len(groups) // len(thoughts), 0, dtype=torch.long)
+        embeds = groups[is_read].to(self.model.get_input_embeddings().weight)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask, "latent_mask": mask == 0}
+        written = self.generate(**inputs, max_new_tokens=max_new_tokens, **kwargs)  # (groups * sequences, length)
+        written = written.unflatten(0, (len(embeds), -1))
+        pad = kwargs.get("pad_token_id", self.generation_config.pad_token_id)
+        ids = written.new_full(
+            (len(groups), *written.shape[1:]), self.config.text_config.eos_token_id if pad is None else pad
+        )
+        ids[is_read.to(ids.device)] = written
+        return ids.flatten(0, 1).unflatten(0, (len(thoughts), -1))
+
+    def _groups(self, thoughts: torch.Tensor) -> torch.Tensor:
+        """Thoughts (B, n, D) as whole groups (B, n // c_thought, c_thought, D)."""
+        c_thought = self.config.c_thought
+        return thoughts[:, : thoughts.shape[1] // c_thought * c_thought].unflatten(1, (-1, c_thought))
+
+
+def states_before(hidden_states: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor | None:
+    """
+    The states (B, n, D) before latent positions, which thoughts are or, in a control, would have been; zeros after
+    the last of a row. `hidden_states` (B, T, D); `numbers` (B, T), on the host, as in [`~passes.Plan`].
+    """
+    if not numbers.any():
+        return None
+    rows, positions = numbers.nonzero(as_tuple=True)
+    states = hidden_states.new_zeros(len(hidden_states), int(numbers.max()), hidden_states.shape[-1])
+    return states.index_put((rows, numbers[rows, positions] - 1), hidden_states[rows, positions - 1])
