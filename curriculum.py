@@ -109,8 +109,8 @@ class CurriculumArguments:
         check_settings(self, c_thought=1, max_latent_stage=0, **least)
         if self.first_latent_stage > max(1, self._most_stages):
             raise ValueError(
-                f"`--first_latent_stage` must be at most the last stage {self._most_stages} (`max_latent_stage`, and one "
-                f"more with `final_stage`), got {self.first_latent_stage}."
+                f"`--first_latent_stage` must be at most {self._most_stages}, the last stage (`max_latent_stage`, and "
+                f"one more with `final_stage`), got {self.first_latent_stage}."
             )
         if not 0 <= self.step_loss_weight < math.inf:
             raise ValueError(f"`--step_loss_weight` must be a number of at least 0, got {self.step_loss_weight}.")
