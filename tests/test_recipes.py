@@ -24,6 +24,7 @@ from multicoco.recipes.m3cot import prepare as m3cot
 from multicoco.recipes.scienceqa import prepare as scienceqa
 from multicoco.recipes.text_json import prepare as text_json
 from multicoco.records import load_records
+from multicoco.training.arguments import parse
 
 
 NUM_ROWS = 12
@@ -373,6 +374,21 @@ def test_both_settings_of_aokvqa_differ_in_the_checkpoint_only():
     assert {key for key in first if first[key] != second[key]} == {"model_name_or_path", "output_dir"}
     assert first.keys() == second.keys()
     assert first["max_latent_stage"] == inspect.signature(aokvqa.prepare).parameters["max_steps"].default
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("aokvqa", aokvqa), ("m3cot", m3cot), ("scienceqa", scienceqa), ("llava_cot", llava_cot)]
+)
+def test_settings_with_step_decoding_give_every_record_a_surplus_group(name, module):
+    folder = common.Path(module.__file__).parent
+    model_args, _, rules, args, _ = parse(None, [str(folder / "steps.yaml")])
+    most_steps = inspect.signature(module.prepare).parameters["max_steps"].default
+    assert rules.decodes_steps
+    assert rules.draw_surplus
+    assert rules.last_stage == most_steps + 1
+    assert not rules.final_stage
+    assert rules.stage(int(args.num_train_epochs) - 1) == rules.last_stage
+    assert "NOT RUN on real weights" in (folder / "steps.yaml").read_text()
 
 
 # --- A-OKVQA -----------------------------------------------------------------------------------------------------
