@@ -120,7 +120,8 @@ class StepDecoding:
                     f"{int(num_thoughts[sample])} thoughts of which {c_thought} are a group (`config.c_thought`), "
                     f"{int(num_labels[sample])} labels. Take them all from the same StageDataset."
                 )
-        shares = num_labels / lengths.sum(dim=1).clamp(min=1)  # (B,): a sample's texts count as much as its words
+        # (B,): a sample's texts count as much as its words. In float64, so that the loss of such a model is exact.
+        shares = num_labels.double() / lengths.sum(dim=1).clamp(min=1)
         return StepTexts(rows, groups, ids[rows, groups], shares[rows])
 
     def step_loss(self, states: torch.Tensor | None, hidden_states: torch.Tensor, texts: StepTexts) -> torch.Tensor:
