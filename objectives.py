@@ -183,7 +183,9 @@ class StepDecoding:
         groups = self._groups(thoughts).flatten(0, 1)  # (B * groups, c_thought, D)
         is_read = groups.flatten(1).any(dim=1)
         if not is_read.any():
-            return torch.empty(len(thoughts), len(groups) // len(thoughts), 0, dtype=torch.long)
+            sequences = kwargs.get("num_return_sequences") or self.generation_config.num_return_sequences or 1
+            num_groups = thoughts.shape[1] // c_thought
+            return thoughts.new_empty(len(thoughts), num_groups * sequences, 0, dtype=torch.long)
         embeds = groups[is_read].to(self.model.get_input_embeddings().weight)
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         inputs = {"inputs_embeds": embeds, "attention_mask": mask, "latent_mask": mask == 0}
