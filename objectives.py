@@ -120,7 +120,8 @@ class StepDecoding:
                     f"{int(num_thoughts[sample])} thoughts of which {c_thought} are a group (`config.c_thought`), "
                     f"{int(num_labels[sample])} labels. Take them all from the same StageDataset."
                 )
-        shares = num_labels / lengths.sum(dim=1).clamp(min=1)  # (B,): a sample's texts count as much as its words
+        # (B,): a sample's texts count as much as its words. In float64, so that the loss of such a model is exact.
+        shares = num_labels.double() / lengths.sum(dim=1).clamp(min=1)
         return StepTexts(rows, groups, ids[rows, groups], shares[rows])
 
     def step_loss(self, states: torch.Tensor | None, hidden_states: torch.Tensor, texts: StepTexts) -> torch.Tensor:
@@ -182,7 +183,9 @@ class StepDecoding:
         groups = self._groups(thoughts).flatten(0, 1)  # (B * groups, c_thought, D)
         is_read = groups.flatten(1).any(dim=1)
         if not is_read.any():
-            return torch.empty(len(thoughts), len(groups) // len(thoughts), 0, dtype=torch.long)
+            sequences = kwargs.get("num_return_sequences") or self.generation_config.num_return_sequences or 1
+            num_groups = thoughts.shape[1] // c_thought
+            return thoughts.new_empty(len(thoughts), num_groups * sequences, 0, dtype=torch.long)
         embeds = groups[is_read].to(self.model.get_input_embeddings().weight)
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         inputs = {"inputs_embeds": embeds, "attention_mask": mask, "latent_mask": mask == 0}

@@ -72,7 +72,8 @@ def reference_embeds(model, input_ids, pixel_values, edit_thoughts=None, upto=No
             if edit_thoughts is not None:
                 thought = edit_thoughts(thought[None], len(thoughts))[0]
             thoughts.append(thought)
-            embeds[position] = thought
+            if not model.config.thought_feedback.startswith("latent"):  # a control feeds its embedding, as it is
+                embeds[position] = thought
     return torch.stack(embeds), thoughts
 
 
@@ -96,9 +97,40 @@ def reference_loss(model, batch, edit_thoughts=None):
     return total / count
 
 
+def reference_step_losses(model, batch):
+    """
+    The loss with `batch["step_ids"]`, and its part that is not of the words: sum of n (words + weight * steps) over
+    sum of n. Of a sample n is the number of its labels, `words` their mean, and `steps` the mean over the tokens of
+    its texts, each of which is written after its group of thoughts alone.
+    """
+    words, steps, count = 0.0, 0.0, 0
+    embed, c_thought = model.get_input_embeddings(), model.config.c_thought
+    for row, texts in zip(split_rows(batch), batch["step_ids"].tolist(), strict=True):
+        logits, thoughts = reference_logits(model, row["input_ids"], row["pixel_values"])
+        logprobs = logits.log_softmax(dim=-1)
+        labels = [(place, label) for place, label in enumerate(row["labels"].tolist()) if place and label != -100]
+        words = words - sum(logprobs[place - 1, label] for place, label in labels)
+        losses = []
+        for group, text in enumerate(texts):
+            group = thoughts[group * c_thought : (group + 1) * c_thought]
+            text = torch.tensor([token for token in text if token != -100], dtype=torch.long)
+            for place, token in enumerate(text.tolist()):
+                prefix = torch.stack([*group, *embed(text[:place])])[None]
+                hidden = model.model.language_model(inputs_embeds=prefix, use_cache=False).last_hidden_state[0, -1]
+                losses.append(-model.lm_head(hidden).log_softmax(dim=-1)[token])
+        steps = steps + (len(labels) * sum(losses) / len(losses) if losses else 0.0)
+        count += len(labels)
+    return (words + model.config.step_loss_weight * steps) / count, steps / count
+
+
 def reference_generate(model, input_ids, pixel_values, max_new_tokens, suppress=(), eos=()):
     """Greedy new tokens of one sample; the whole sequence is run again for every token."""
     embeds, _ = reference_embeds(model, input_ids, pixel_values)
+    return reference_continuation(model, embeds, max_new_tokens, suppress, eos)
+
+
+def reference_continuation(model, embeds, max_new_tokens, suppress=(), eos=()):
+    """Greedy new tokens after embeddings (T, D)."""
     new_tokens = []
     for _ in range(max_new_tokens):
         hidden = model.model.language_model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0, -1]
@@ -107,7 +139,7 @@ def reference_generate(model, input_ids, pixel_values, max_new_tokens, suppress=
         new_tokens.append(int(scores.argmax()))
         if new_tokens[-1] in eos:
             break
-        token = torch.tensor(new_tokens[-1:], device=input_ids.device)
+        token = torch.tensor(new_tokens[-1:], device=embeds.device)
         embeds = torch.cat([embeds, model.get_input_embeddings()(token)])
     return new_tokens
 
