@@ -1,6 +1,7 @@
 """Makes the Trails data set: boards of coloured cells with arrows, a question about each, and its steps.
 
     python recipes/trails/prepare.py --output_dir data/trails --num_train 16000 --num_val 1024 --size 4 --max_arrows 5
+    python recipes/trails/prepare.py --output_dir data/trails-sentences --style sentences
 
 The same seed makes the same files, byte for byte, and the first boards of a split are the same whatever its size:
 each board is drawn from a generator of its own, seeded by `(seed, split, index)`.
@@ -22,6 +23,7 @@ from PIL import Image
 
 FORMAT = 2  # of what is drawn and written: raise it with any change, so that older folders are made anew
 SPLITS = ("train", "val", "test")
+STYLES = ("cells", "sentences")  # what a written step is: the name of a cell, or a sentence about an arrow
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 160, 60),
@@ -33,6 +35,12 @@ COLOURS = {
     "brown": (120, 80, 40),
 }
 MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # (row, column) of an arrow up, right, down, left
+MOVE_NAMES = ("up", "right", "down", "left")
+PHRASINGS = (
+    "The arrow in {cell} points {move}, so the next cell is {next}.",
+    "From {cell} the way goes {move} to {next}.",
+    "{cell} has an arrow that points {move}: go on to {next}.",
+)
 CELL_PIXELS = 14
 MAX_SIZE = 26  # columns are letters
 
@@ -136,14 +144,29 @@ def make_question(start: str, num_arrows: int) -> str:
     return f"Start at {start} and follow {num_arrows} arrow{'s'[: num_arrows > 1]}. Which colour do you reach?"
 
 
-def make_record(board: Board, split: str, index: int) -> dict:
-    """The line of the JSONL file; the path of the picture is relative to that file."""
+def make_sentences(board: Board, rng: np.random.Generator) -> list[str]:
+    """The steps of a board, each in a phrasing of its own, drawn from `PHRASINGS`."""
+    trail = board.trail[: board.num_arrows + 1]
+    choice = rng.integers(len(PHRASINGS), size=board.num_arrows)
+    return [
+        PHRASINGS[number].format(
+            cell=cell_name(*cell), move=MOVE_NAMES[board.arrows[cell]], next=cell_name(*following)
+        )
+        for number, cell, following in zip(choice, trail[:-1], trail[1:], strict=True)
+    ]
+
+
+def make_record(board: Board, split: str, index: int, phrasings: np.random.Generator | None = None) -> dict:
+    """
+    The line of the JSONL file; the path of the picture is relative to that file. Steps are names of cells, or, with a
+    generator that draws the phrasings, sentences.
+    """
     names = [cell_name(*cell) for cell in board.trail[: board.num_arrows + 1]]
     return {
         "id": f"{split}-{index:06d}",
         "images": [f"{split}/{index:06d}.png"],
         "question": make_question(names[0], board.num_arrows),
-        "steps": names[1:],
+        "steps": names[1:] if phrasings is None else make_sentences(board, phrasings),
         "answer": list(COLOURS)[board.colours[board.trail[board.num_arrows]]],
     }
 
@@ -156,14 +179,19 @@ def iter_boards(
         yield make_board(np.random.default_rng((seed, SPLITS.index(split), index)), size, max_arrows, max_asked)
 
 
-def write_split(output_dir: str | Path, split: str, count: int, **board: Any) -> set[bytes]:
+def write_split(
+    output_dir: str | Path, split: str, count: int, *, seed: int, style: str = "cells", **board: Any
+) -> set[bytes]:
     """Writes `{split}.jsonl` and the pictures in `{split}/`; returns the digests of the pictures."""
     output_dir = Path(output_dir)
     (output_dir / split).mkdir(parents=True, exist_ok=True)
     digests = set()
     with open(output_dir / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as file:
-        for index, drawn in enumerate(iter_boards(split, count, **board)):
-            picture, record = draw_board(drawn), make_record(drawn, split, index)
+        for index, drawn in enumerate(iter_boards(split, count, seed=seed, **board)):
+            phrasings = None
+            if style == "sentences":  # 1: another stream than the board's, which is that of the other style
+                phrasings = np.random.default_rng((seed, SPLITS.index(split), index, 1))
+            picture, record = draw_board(drawn), make_record(drawn, split, index, phrasings)
             digests.add(hashlib.sha256(picture).digest())
             Image.fromarray(picture).save(output_dir / record["images"][0], compress_level=1)
             file.write(json.dumps(record) + "\n")
@@ -179,10 +207,12 @@ def prepare(
     max_arrows: int = 5,
     seed: int = 0,
     max_train_arrows: int | None = None,
+    style: str = "cells",
 ) -> bool:
     """
     Makes the whole data set, or nothing where it is already. It appears under its name only when it is complete.
-    With `max_train_arrows` the questions of the train split follow at most so many arrows of the same trails.
+    With `max_train_arrows` the questions of the train split follow at most so many arrows of the same trails. `style`
+    is one of `STYLES`; boards, questions and answers are the same with each.
 
     Returns:
         `bool`: whether anything was made.
@@ -206,11 +236,15 @@ def prepare(
         raise ValueError(
             f"`max_train_arrows` must be between 1 and `max_arrows` {max_arrows}, got {max_train_arrows}."
         )
+    if style not in STYLES:
+        raise ValueError(f"`style` must be one of {', '.join(STYLES)}, got {style!r}.")
     output_dir = Path(output_dir)
     board = {"size": size, "max_arrows": max_arrows, "seed": seed}
     settings = {"data_set": "trails", "format": FORMAT, **numbers, **board}
     if max_train_arrows is not None:
         settings["max_train_arrows"] = max_train_arrows
+    if style != "cells":  # which folders are that name none
+        settings["style"] = style
     found = _read_settings(output_dir)
     if found == settings:
         return False
@@ -226,7 +260,7 @@ def prepare(
         if not count:
             continue
         max_asked = max_train_arrows if split == "train" else None
-        digests = write_split(partial, split, count, **board, max_asked=max_asked)
+        digests = write_split(partial, split, count, **board, max_asked=max_asked, style=style)
         for other in {owners[digest] for digest in digests if digest in owners}:
             raise ValueError(
                 f"A board of `{split}` is also in `{other}`: boards of {size} x {size} cells are too few for "
@@ -267,6 +301,7 @@ def main() -> None:
     parser.add_argument(
         "--max_train_arrows", type=int, help="A question to train on follows at most this many (default: max_arrows)."
     )
+    parser.add_argument("--style", choices=STYLES, default="cells", help="Steps are names of cells, or sentences.")
     args = parser.parse_args()
     made = prepare(**vars(args))
     print(f"{args.output_dir}: {'made' if made else 'already there, with the same settings'}")
