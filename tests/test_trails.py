@@ -467,8 +467,11 @@ def test_prompt_is_short_and_the_picture_arrives_pixel_by_pixel(trails_processor
 def test_modes_are_trained_alike():
     """A control that had another budget would prove nothing."""
     settings = {}
-    for mode in ("coconut", "cot", "no_cot", "no_thoughts", "pause", "pause_loop"):
-        settings[mode] = yaml.safe_load((RECIPE / f"{mode}.yaml").read_text(encoding="utf-8"))
-        assert settings[mode].pop("mode") == mode
-        assert settings[mode].pop("output_dir") == f"out/trails-{mode}"
-    assert all(values == settings["coconut"] for values in settings.values())
+    for name in ("coconut", "coconut_plain", "cot", "no_cot", "no_thoughts", "pause", "pause_loop"):
+        settings[name] = yaml.safe_load((RECIPE / f"{name}.yaml").read_text(encoding="utf-8"))
+        assert settings[name].pop("mode") == name.removesuffix("_plain")
+        assert settings[name].pop("output_dir") == f"out/trails-{name.replace('_plain', '-plain')}"
+    decoding = settings.pop("coconut")
+    assert (decoding["step_loss_weight"], decoding["draw_surplus"]) == (1, True)
+    assert decoding["max_latent_stage"] > 5  # a surplus thought for the longest trail, too
+    assert all(values == settings["coconut_plain"] for values in settings.values())
