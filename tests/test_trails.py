@@ -185,6 +185,155 @@ def test_the_command_makes_what_the_function_makes(tmp_path):
     assert files(tmp_path / "command") == files(tmp_path / "function")
 
 
+# --- sentences, and what reads steps and boards ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def styles(tmp_path_factory):
+    """The same boards with steps in either style."""
+    folder = tmp_path_factory.mktemp("styles")
+    for style in prepare.STYLES:
+        assert prepare.prepare(folder / style, **{**SMALL, "num_train": 300}, style=style)
+    return folder
+
+
+def test_sentences_tell_the_steps_of_the_same_boards_in_drawn_phrasings(styles):
+    cells, sentences = (records(styles / style, "train") for style in ("cells", "sentences"))
+    assert "style" not in json.loads((styles / "cells" / "settings.json").read_text())  # as folders of old
+    pictures = [{n: d for n, d in files(styles / s).items() if n.endswith(".png")} for s in ("cells", "sentences")]
+    assert pictures[0] == pictures[1]
+    used = []
+    for plain, told in zip(cells, sentences, strict=True):
+        assert {**plain, "steps": None} == {**told, "steps": None}
+        places = [plain["question"].split()[2], *plain["steps"]]
+        for sentence, here, there in zip(told["steps"], places[:-1], places[1:], strict=True):
+            assert re.findall(r"\b[A-D][1-4]\b", sentence) == [here, there]
+            down, right = int(there[1]) - int(here[1]), ord(there[0]) - ord(here[0])
+            word = {(-1, 0): "up", (1, 0): "down", (0, 1): "right", (0, -1): "left"}[down, right]
+            assert re.findall(r"\b(?:up|down|right|left)\b", sentence) == [word]
+            used.append(sentence.replace(here, "X").replace(there, "Y").replace(word, "Z"))
+    shares = [used.count(phrasing) / len(used) for phrasing in set(used)]
+    assert len(shares) >= 3
+    assert min(shares) > 0.8 / len(shares)
+
+
+def test_a_folder_of_one_style_is_not_taken_for_the_other(tmp_path):
+    prepare.prepare(tmp_path, **{**SMALL, "num_train": 2})
+    assert prepare.prepare(tmp_path, **{**SMALL, "num_train": 2}, style="sentences")
+    assert not prepare.prepare(tmp_path, **{**SMALL, "num_train": 2}, style="sentences")
+    assert " " in records(tmp_path, "train")[0]["steps"][0]
+    with pytest.raises(ValueError, match="`style` must be one of cells, sentences, got 'poems'"):
+        prepare.prepare(tmp_path, style="poems")
+
+
+def test_a_sentence_is_few_tokens_and_pieces_are_the_whole(styles, tmp_path):
+    """Nothing is bytes, the line break is a token of its own, and the sequences of the longest board fit."""
+    tokenizer = start_model.make_processor(4, 5, "sentences").tokenizer
+    words = set(start_model.recipe_words(4, 5, "sentences"))
+    for record in records(styles / "sentences", "train"):
+        pieces = [*(f"{step}\n" for step in record["steps"]), f"### {record['answer']}", "<|im_end|>"]
+        tokens = [tokenizer.encode(piece) for piece in pieces]
+        assert sum(tokens, []) == tokenizer.encode("".join(pieces))
+        for ids in tokens[:-2]:
+            assert 9 <= len(ids) <= 15
+            assert {tokenizer.decode(token) for token in ids[:-1]} <= words
+            assert tokenizer.decode(ids[-1]) == "\n"
+
+
+SENTENCE = "The arrow in D3 points down, so the next cell is D4."
+
+
+@pytest.mark.parametrize(
+    ("text", "step", "same"),
+    [
+        ("D4", "D4", True),
+        ("D4\n", "D4", True),
+        ("D3", "D4", False),
+        ("d4", "D4", False),
+        ("D4 D4", "D4", False),
+        ("### red", "D4", False),
+        ("", "D4", False),
+        ("D27", "D27", False),
+        (SENTENCE, SENTENCE, True),
+        ("From D3 the way goes down to D4.", SENTENCE, True),
+        ("D5 has an arrow that points up: go on to D4.", SENTENCE, True),
+        ("From D4 the way goes down to D5.", SENTENCE, False),
+        ("From D3 the way goes up to D4.", SENTENCE, False),  # contradicts itself
+        ("From A1 the way goes down to D4.", SENTENCE, False),
+        ("From D3 the way goes down to D4", SENTENCE, False),
+        (SENTENCE + " " + SENTENCE, SENTENCE, False),
+        ("The arrow the way goes down to D4.", SENTENCE, False),
+        ("D4", SENTENCE, False),
+        (SENTENCE, "D4", False),
+        ("nothing", "nothing", False),
+    ],
+)
+def test_same_step_is_the_same_cell_whatever_the_phrasing(text, step, same):
+    assert prepare.same_step(text, step) is same
+
+
+def test_every_step_of_a_record_is_read(styles):
+    for style in prepare.STYLES:
+        for record in records(styles / style, "val"):
+            for index, step in enumerate(record["steps"]):
+                assert [prepare.same_step(step, other) for other in record["steps"]].index(True) == index
+
+
+@SIZES
+def test_a_board_is_read_from_its_picture(size, max_arrows):
+    for board in boards(20, size, max_arrows):
+        pixels = prepare.draw_board(board)
+        for picture in (pixels, Image.fromarray(pixels), Image.fromarray(pixels).convert("RGBA")):
+            colours, arrows = prepare.read_board(picture)
+            assert (colours == board.colours).all()
+            assert (arrows == board.arrows).all()
+
+
+def test_what_is_no_board_is_refused():
+    board = boards(1)[0]
+    pixels = prepare.draw_board(board)
+    dotted, outside = pixels.copy(), board.arrows.copy()
+    dotted[30, 20] = 7
+    outside[0, 0] = 0  # upwards
+    bad = {"no cell of a board at B3": dotted, "expected \\(n, n, 3\\)": pixels[:50], "no cell": pixels.astype(float)}
+    bad["0 cells are marked"] = np.tile(prepare._cell_pictures()[0, 1, 0], (3, 3, 1))
+    bad |= {"or an arrow leaves it": prepare.draw_board(board._replace(arrows=outside))}
+    for message, picture in bad.items():
+        with pytest.raises(ValueError, match=message):
+            prepare.read_board(picture)
+
+
+@pytest.mark.parametrize("style", prepare.STYLES)
+def test_follow_goes_on_from_the_other_cell(styles, style):
+    """On the right cell it gives what the record has; on another what a viewer of the picture finds."""
+    for record in records(styles / style, "val"):
+        path = styles / style / record["images"][0]
+        cells = [re.findall(r"[A-D][1-4]", step)[-1] for step in record["steps"]]
+        with Image.open(path) as image:
+            colours, sides, _ = read_board(np.asarray(image))
+            for index, step in enumerate(record["steps"]):
+                taken = prepare.follow({**record, "images": [str(path)]}, index, step)
+                assert taken == (cells[index + 1 :], record["answer"])
+                place, names = "B2", []
+                for _ in cells[index + 1 :]:
+                    down, right = sides[place]
+                    place = chr(ord(place[0]) + right) + str(int(place[1]) + down)
+                    names.append(place)
+                other = "B2" if style == "cells" else "From B3 the way goes up to B2."
+                assert prepare.follow({**record, "images": [image]}, index, other) == (names, colours[place])
+
+
+def test_follow_refuses_what_is_no_step(styles):
+    record = records(styles / "cells", "val")[0]
+    record["images"] = [str(styles / "cells" / record["images"][0])]
+    for index in (-1, len(record["steps"])):
+        with pytest.raises(ValueError, match=f"`index` must be between 0 and .*, got {index}"):
+            prepare.follow(record, index, "A1")
+    for step in ("E1", "A5", "red", "From A4 the way goes down to A5."):
+        with pytest.raises(ValueError, match="`step` .* names no cell of a board of 4 x 4 cells"):
+            prepare.follow(record, 0, step)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
@@ -318,8 +467,11 @@ def test_prompt_is_short_and_the_picture_arrives_pixel_by_pixel(trails_processor
 def test_modes_are_trained_alike():
     """A control that had another budget would prove nothing."""
     settings = {}
-    for mode in ("coconut", "cot", "no_cot", "no_thoughts", "pause", "pause_loop"):
-        settings[mode] = yaml.safe_load((RECIPE / f"{mode}.yaml").read_text(encoding="utf-8"))
-        assert settings[mode].pop("mode") == mode
-        assert settings[mode].pop("output_dir") == f"out/trails-{mode}"
-    assert all(values == settings["coconut"] for values in settings.values())
+    for name in ("coconut", "coconut_plain", "cot", "no_cot", "no_thoughts", "pause", "pause_loop"):
+        settings[name] = yaml.safe_load((RECIPE / f"{name}.yaml").read_text(encoding="utf-8"))
+        assert settings[name].pop("mode") == name.removesuffix("_plain")
+        assert settings[name].pop("output_dir") == f"out/trails-{name.replace('_plain', '-plain')}"
+    decoding = settings.pop("coconut")
+    assert (decoding["step_loss_weight"], decoding["draw_surplus"]) == (1, True)
+    assert decoding["max_latent_stage"] > 5  # a surplus thought for the longest trail, too
+    assert all(values == settings["coconut_plain"] for values in settings.values())

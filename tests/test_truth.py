@@ -5,10 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from multicoco import MODES, CurriculumArguments
 from multicoco.recipes.trails import beyond, runs, truth
 from multicoco.recipes.trails.prepare import prepare
 from multicoco.recipes.trails.start_model import make_start_model
@@ -24,12 +28,12 @@ def read(path):
 def test_truth_trains_diagnoses_and_writes_its_table(tmp_path, capsys):
     prepare(tmp_path / "data", num_train=16, num_val=12)
     folder = tmp_path / "truth"
-    command = ["--data", str(tmp_path / "data"), "--output_dir", str(folder), "--modes", "coconut", "pause"]
+    command = ["--data", str(tmp_path / "data"), "--output_dir", str(folder), "--modes", "coconut_plain", "pause"]
     command += ["--seeds", "0", "--samples", "12", "--jobs", "2", *SHORT]
     settings = ["--epochs_stage_0", "0", "--max_latent_stage", "1"]
     rows = truth.main(command + settings)
     assert [(row["mode"], row["seed"], row["samples"], row["diagnosed"]) for row in rows] == [
-        ("coconut", 0, 12, 12),
+        ("coconut_plain", 0, 12, 12),
         ("pause", 0, 12, 12),
     ]
     for row in rows:
@@ -41,7 +45,7 @@ def test_truth_trains_diagnoses_and_writes_its_table(tmp_path, capsys):
         assert row["follows the donor"] == diagnosis["thoughts"]["following"]["donors_picture"]["donor"]["rate"]
         assert row["verdict"] == "not shown to be used"  # one step of training
         assert (folder / f"{row['mode']}-0.html").is_file()
-    assert read(folder / "diagnosis" / "coconut-0" / "diagnosis.json")["control"]["mode"] == "pause"
+    assert read(folder / "diagnosis" / "coconut_plain-0" / "diagnosis.json")["control"]["mode"] == "pause"
     assert (folder / "truth.png").stat().st_size > 10_000
     shown = (folder / "truth.md").read_text(encoding="utf-8")
     assert shown in capsys.readouterr().out
@@ -57,8 +61,8 @@ def test_beyond_goes_from_words_to_thoughts_and_asks_for_more(tmp_path):
     command += ["--variants", "two_thoughts", "--seeds", "0", "--num_train", "16", "--num_val", "48", "--jobs", "2"]
     results = beyond.main(command + SHORT)
     assert set(results) == {"cot", "two_thoughts"}
-    assert set(results["two_thoughts"][0]) == {"0", "1", "2", "3", "4", "9 arrows", "10 arrows"}
-    assert set(results["cot"][0]) == {"0", "9 arrows", "10 arrows"}
+    assert set(results["two_thoughts"][0]) == {*beyond.ASKED, "9 arrows", "10 arrows"}
+    assert set(results["cot"][0]) == {"none", "9 arrows", "10 arrows"}
     config = read(tmp_path / "beyond" / "two_thoughts-0" / "config.json")
     assert (config["c_thought"], config["stage"], config["num_thoughts"]) == (2, 1, 2)
     settings = read(tmp_path / "beyond" / "two_thoughts-0" / "settings.json")
@@ -124,11 +128,55 @@ def test_answers_of_beyond_are_sorted_by_thoughts_and_by_arrows(tmp_path):
     right = beyond.read_answers(tmp_path, records)
     assert [right[asked].tolist() for asked in (1, 2, 3)] == [[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
     found = beyond.columns(right, np.array([1, 8, 9, 10]))
-    assert found == {"0": 1, "1": 1, "2": 0.5, "3": 0, "4": 0, "9 arrows": 0, "10 arrows": 0}
+    rates = {"none": 1, "1 less": 1, "as trained": 0.5, "1 more": 0, "2 more": 0}
+    assert found == {**rates, "9 arrows": 0, "10 arrows": 0}
+
+
+def test_each_variant_is_asked_around_the_number_that_it_was_trained_with(tmp_path):
+    for variant, c_thought, steps, asked in (
+        ("plain", 1, 2, "0 1 2 3 4"),
+        ("two_thoughts", 2, 2, "0 2 4 6 8"),
+        ("steps", 1, 9, "0 8 9 10 11"),
+    ):
+        (tmp_path / f"{variant}-0").mkdir()
+        config = json.dumps({"c_thought": c_thought, "max_latent_stage": steps})
+        (tmp_path / f"{variant}-0" / "config.json").write_text(config)
+        flags = beyond.scoring(variant, 0, "data", tmp_path).flags
+        assert flags[flags.index("--num_thoughts") + 1 :] == asked.split()
+    (tmp_path / "plain-0" / "config.json").write_text('{"c_thought": 1, "max_latent_stage": 1}')
+    with pytest.raises(ValueError, match="`max_latent_stage` of .*plain-0 is 1, expected at least 2"):
+        beyond.scoring("plain", 0, "data", tmp_path)
+
+
+def test_every_variant_names_its_settings():
+    """A variant is a YAML and flags that change it: none is written twice, and the YAML is there."""
+    for module in (beyond, truth):
+        assert len({(name, *change) for name, change in module.VARIANTS.values()}) == len(module.VARIANTS)
+        for name, change in module.VARIANTS.values():
+            assert (runs.ROOT / "recipes" / "trails" / f"{name}.yaml").is_file()
+            assert all(flag.startswith("--") for flag in change[::2])
+    assert set(MODES) < set(truth.VARIANTS)
+    flags = truth.training("pause_steps", 1, "data", runs.ROOT / "out", ["--seed", "5"]).flags
+    assert [Path(flags[0]).name, *flags[1:3], *flags[-2:]] == ["coconut.yaml", "--mode", "pause", "--seed", "5"]
+
+
+def test_steps_yaml_goes_through_all_stages_within_2000_steps():
+    """8 stages of 60 steps of 64 boards, then 1,500 with one thought more than the longest trail has steps."""
+    settings = yaml.safe_load((runs.ROOT / "recipes" / "trails" / "steps.yaml").read_text(encoding="utf-8"))
+    names = {field.name for field in fields(CurriculumArguments)}
+    curriculum = CurriculumArguments(**{name: value for name, value in settings.items() if name in names})
+    stages = [curriculum.stage(epoch) for epoch in range(settings["num_train_epochs"])]
+    steps = settings["train_weights"][0] * 16000 / settings["per_device_train_batch_size"]
+    assert steps == 60
+    assert {stage: round(stages.count(stage) * steps) for stage in set(stages)} == dict.fromkeys(range(1, 9), 60) | {
+        beyond.MAX_TRAIN_ARROWS + 1: 1500
+    }
+    assert settings["step_loss_weight"] == 1
+    assert settings["draw_surplus"] is True
 
 
 def test_table_of_beyond_pairs_seeds():
-    names = ("0", "1", "2", "3", "4", "9 arrows", "10 arrows")
+    names = (*beyond.ASKED, "9 arrows", "10 arrows")
     plain = [dict.fromkeys(names, rate) for rate in (0.2, 0.5, 0.8)]
     better = [dict.fromkeys(names, rate) for rate in (0.3, 0.6, 0.9)]  # 10 points in each seed
     line = beyond.table({"plain": plain, "linear": better}).splitlines()[-1]

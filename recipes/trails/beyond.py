@@ -7,9 +7,10 @@ Flags that it does not know go to train.py.
 
 Boards of 6 x 6 cells. Questions to train on follow up to 8 arrows, questions to answer up to 10. One model learns to
 write the steps (`cot.yaml`), in two runs: colours are learned only after the learning rate has come down once. From
-it, as one fine-tunes a checkpoint, every variant of `beyond.yaml` replaces the first 2 steps by thoughts, and is asked
-with those of 0 to 4 steps; a seed is that of the order of boards and of the drawn stages. A command that was
-interrupted goes on with what is missing.
+it, as one fine-tunes a checkpoint, every variant of `beyond.yaml` replaces the first 2 steps by thoughts, and those of
+`steps.yaml`, whose thoughts must be readable as their steps, replace all. Each is asked without thoughts, and with
+those of one step less than it was trained with to two more; a seed is that of the order of boards and of the drawn
+stages. A command that was interrupted goes on with what is missing.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from multicoco import load_records, mean_interval
 from multicoco.recipes.trails.prepare import prepare
@@ -27,15 +28,18 @@ from multicoco.recipes.trails.runs import ROOT, Run, add_flags, markdown, run_al
 from multicoco.recipes.trails.start_model import make_start_model
 
 
-SIZE, MAX_ARROWS, MAX_TRAIN_ARROWS, MAX_STAGE = 6, 10, 8, 2
-ASKED = range(MAX_STAGE + 3)  # steps that thoughts stand for: what was trained, and two more
-VARIANTS = {  # the change against beyond.yaml
-    "plain": [],
-    "linear": ["--mix", "linear"],
-    "uniform": ["--mix", "uniform", "--mix_prob", "0.5"],
-    "longer": ["--epochs_per_stage", "2", "--num_train_epochs", "4"],
-    "two_thoughts": ["--c_thought", "2"],
-    "rms_match": ["--thought_feedback", "rms_match"],
+SIZE, MAX_ARROWS, MAX_TRAIN_ARROWS = 6, 10, 8
+ASKED = ("none", "1 less", "as trained", "1 more", "2 more")  # steps that thoughts stand for
+TRAINED = ASKED.index("as trained")
+VARIANTS = {  # a YAML, and the change against it
+    "plain": ("beyond", []),
+    "linear": ("beyond", ["--mix", "linear"]),
+    "uniform": ("beyond", ["--mix", "uniform", "--mix_prob", "0.5"]),
+    "longer": ("beyond", ["--epochs_per_stage", "2", "--num_train_epochs", "4"]),
+    "two_thoughts": ("beyond", ["--c_thought", "2"]),
+    "rms_match": ("beyond", ["--thought_feedback", "rms_match"]),
+    "steps": ("steps", []),
+    "steps_at_once": ("steps", ["--first_stage", "9"]),
 }
 ARROWS, COT = "arrows", "cot"  # the two runs of written reasoning; the second starts from the first
 EPOCHS = {ARROWS: "8", COT: "4"}
@@ -45,31 +49,42 @@ DECAY = ["--lr_scheduler_kwargs", json.dumps({"num_decay_steps": 500})]
 def training(variant: str, seed: int, data: str, output_dir: Path, settings: Sequence[str]) -> Run:
     """From written reasoning to thoughts, or, for `cot`, from random weights to written reasoning."""
     start = {ARROWS: "start", COT: f"{ARROWS}-0"}.get(variant, f"{COT}-0")
-    writes = variant in EPOCHS
-    flags = [str(ROOT / "recipes" / "trails" / f"{'cot' if writes else 'beyond'}.yaml")]
+    name, change = VARIANTS.get(variant, ("cot", []))
+    if variant in EPOCHS:
+        change = ["--num_train_epochs", EPOCHS[variant], *DECAY]
+    flags = [str(ROOT / "recipes" / "trails" / f"{name}.yaml"), *change]
     flags += ["--train_file", f"{data}/train.jsonl", "--eval_file", f"{data}/val.jsonl", "--answer_every", "end"]
     flags += ["--model_name_or_path", str(output_dir / start), "--seed", str(seed)]
     flags += ["--per_device_train_batch_size", "64", *settings]
-    flags[1:1] = ["--num_train_epochs", EPOCHS[variant], *DECAY] if writes else VARIANTS[variant]
     return Run(output_dir / f"{variant}-{seed}", "train.py", flags)
 
 
 def scoring(variant: str, seed: int, data: str, output_dir: Path) -> Run:
-    """Its answers with the thoughts of 0 to 5 steps; a model that only writes is asked once."""
-    flags = ["--model", str(output_dir / f"{variant}-{seed}"), "--data", f"{data}/val.jsonl", "--batch_size", "256"]
+    """Its answers with each number of thoughts of `ASKED`; a model that only writes is asked once."""
+    model = output_dir / f"{variant}-{seed}"
+    flags = ["--model", str(model), "--data", f"{data}/val.jsonl", "--batch_size", "256"]
     if variant != COT:
-        flags += ["--num_thoughts", *(str(_c_thought(variant) * asked) for asked in ASKED)]
-    return Run(output_dir / "scores" / f"{variant}-{seed}", "score.py", flags)
+        flags += ["--num_thoughts", *map(str, asked_thoughts(model))]
+    return Run(output_dir / "scores" / model.name, "score.py", flags)
 
 
-def _c_thought(variant: str) -> int:
-    flags = VARIANTS.get(variant, [])
-    return int(flags[flags.index("--c_thought") + 1]) if "--c_thought" in flags else 1
+def asked_thoughts(model: Path) -> list[int]:
+    """
+    The numbers of thoughts of `ASKED`, of a trained model.
+
+    Raises:
+        ValueError: it was trained with the thoughts of less than two steps, so that two of them are the same.
+    """
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    c_thought, steps = config["c_thought"], config["max_latent_stage"]
+    if steps < 2:
+        raise ValueError(f"`max_latent_stage` of {model} is {steps}, expected at least 2. Train with more stages.")
+    return [0, *(c_thought * (steps + more) for more in (-1, 0, 1, 2))]
 
 
 def read_answers(folder: Path, records: Sequence[dict]) -> dict[int, np.ndarray]:
     """
-    For each number of steps that were asked to be thought, whether each record was answered right.
+    For each number of thoughts, by its place in `ASKED`, whether each record was answered right.
 
     Raises:
         ValueError: the folder holds answers to other records.
@@ -82,21 +97,21 @@ def read_answers(folder: Path, records: Sequence[dict]) -> dict[int, np.ndarray]
             raise ValueError(f"{path} is not the one answer to each of {len(records)} records. Delete {folder}.")
         hits = [answers[index] == record["answer"] for index, record in enumerate(records)]
         right[header["num_thoughts"] or 0] = np.array(hits, dtype=float)
-    return {asked: right[thoughts] for asked, thoughts in enumerate(sorted(right))}
+    return {place: right[thoughts] for place, thoughts in enumerate(sorted(right))}
 
 
 def columns(right: dict[int, np.ndarray], arrows: np.ndarray) -> dict[str, float]:
     """The accuracies of the table: within the trained range, fewer and more thoughts, longer trails."""
     seen = arrows <= MAX_TRAIN_ARROWS
-    found = {str(asked): hits[seen] for asked, hits in right.items()}
-    last = right[MAX_STAGE if len(right) > 1 else 0]  # a model that only writes was asked once
+    found = {ASKED[place]: hits[seen] for place, hits in right.items()}
+    last = right[TRAINED if len(right) > 1 else 0]  # a model that only writes was asked once
     found |= {f"{count} arrows": last[arrows == count] for count in range(MAX_TRAIN_ARROWS + 1, MAX_ARROWS + 1)}
     return {name: float(hits.mean()) for name, hits in found.items()}
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Means of the seeds; of all but the first kind of thoughts the difference to `plain`, paired by seed."""
-    names = [str(asked) for asked in ASKED] + [f"{n} arrows" for n in range(MAX_TRAIN_ARROWS + 1, MAX_ARROWS + 1)]
+    names = [*ASKED, *(f"{n} arrows" for n in range(MAX_TRAIN_ARROWS + 1, MAX_ARROWS + 1))]
     lines = []
     for variant, seeds in results.items():
         line = [variant]
@@ -109,8 +124,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
                 cell += f" ({100 * np.mean(gains):+.1f}: {100 * low:+.1f} to {100 * high:+.1f})"
             line.append(cell)
         lines.append(line)
-    head = [f"steps thought, of {MAX_STAGE} trained", *names]
-    return markdown(head, lines)
+    return markdown(["steps thought", *names], lines)
 
 
 def draw(answers: dict[str, list[dict[int, np.ndarray]]], arrows: np.ndarray, path: Path) -> None:
@@ -118,13 +132,15 @@ def draw(answers: dict[str, list[dict[int, np.ndarray]]], arrows: np.ndarray, pa
     figure = Figure(figsize=(12, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     first = "plain" if "plain" in answers else next(name for name in answers if name != COT)
-    hits = np.array([[seed[asked] for asked in ASKED] for seed in answers[first]])  # (seeds, asked, records)
+    places = range(len(ASKED))
+    hits = np.array([[seed[place] for place in places] for seed in answers[first]])  # (seeds, asked, records)
     cells = np.array([hits[..., arrows == count].mean(axis=-1).mean(axis=0) for count in range(1, MAX_ARROWS + 1)])
     left.imshow(cells, aspect="auto", vmin=0, vmax=1, cmap="viridis")
     for (row, column), value in np.ndenumerate(cells):
         colour = "black" if value > 0.6 else "white"
         left.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    left.axvline(MAX_STAGE + 0.5, color="red", linewidth=1.2)
+    left.axvline(TRAINED + 0.5, color="red", linewidth=1.2)
+    left.set_xticks(places, ASKED)
     left.axhline(MAX_TRAIN_ARROWS - 0.5, color="red", linewidth=1.2)
     left.set_yticks(range(MAX_ARROWS), range(1, MAX_ARROWS + 1))
     left.set(xlabel="steps thought, the rest is written", ylabel="arrows of the question")
@@ -134,13 +150,13 @@ def draw(answers: dict[str, list[dict[int, np.ndarray]]], arrows: np.ndarray, pa
         if variant == COT:
             right.axhline(np.mean([seed[0][seen].mean() for seed in seeds]), color="0.5", linestyle="--", label=COT)
             continue
-        rates = np.array([[seed[asked][seen].mean() for asked in ASKED] for seed in seeds])  # (seeds, asked)
-        right.plot(ASKED, rates.mean(axis=0), color=f"C{number}", label=variant)
-        right.plot(ASKED, rates.T, "o", color=f"C{number}", markersize=3)
-    right.axvline(MAX_STAGE, color="red", linewidth=0.8, linestyle=":")
-    right.set(xlabel=f"steps thought ({MAX_STAGE} were trained; a dot is a seed)", ylim=(0, 1.03))
+        rates = np.array([[seed[place][seen].mean() for place in places] for seed in seeds])  # (seeds, asked)
+        right.plot(places, rates.mean(axis=0), color=f"C{number}", label=variant)
+        right.plot(places, rates.T, "o", color=f"C{number}", markersize=3)
+    right.axvline(TRAINED, color="red", linewidth=0.8, linestyle=":")
+    right.set(xlabel="steps thought (a dot is a seed)", ylim=(0, 1.03))
     right.yaxis.set_major_formatter(PercentFormatter(1))
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.set_xticks(places, ASKED)
     right.set_title(f"questions of up to {MAX_TRAIN_ARROWS} arrows", fontsize=9)
     figure.legend(*right.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

@@ -26,7 +26,14 @@ from multicoco import (
     add_thought_tokens,
     chat_template,
 )
-from multicoco.recipes.trails.prepare import CELL_PIXELS, COLOURS, cell_name
+from multicoco.recipes.trails.prepare import (
+    CELL_PIXELS,
+    COLOURS,
+    MOVE_NAMES,
+    PHRASINGS,
+    STYLES,
+    cell_name,
+)
 
 
 SHORT_SYSTEM_MESSAGE = "Follow the arrows."  # InternVL's own would be more than half of the prompt
@@ -50,19 +57,25 @@ PIECES = "|".join(map(re.escape, PHRASES)) + r"|#+ [\p{L}\p{N}]+| ?[\p{L}\p{N}]+
 INITIALIZER_RANGE = 0.08
 
 
-def recipe_words(size: int, max_arrows: int) -> list[str]:
+def recipe_words(size: int, max_arrows: int, style: str = "cells") -> list[str]:
     """Every token of the recipe as it stands in the text, with its space or line break, in a fixed order."""
+    if style not in STYLES:
+        raise ValueError(f"`style` must be one of {', '.join(STYLES)}, got {style!r}.")
     names = [cell_name(row, column) for row in range(size) for column in range(size)]
     words = [*PHRASES, *names, *(f" {name}" for name in names)]
     words += [f" {num_arrows}" for num_arrows in range(1, max_arrows + 1)]
-    return words + [f"### {colour}" for colour in COLOURS]
+    words += [f"### {colour}" for colour in COLOURS]
+    if style == "sentences":
+        texts = (phrasing.format(cell="A1", move=move, next="A1") for phrasing in PHRASINGS for move in MOVE_NAMES)
+        words += (word for text in texts for word in re.findall(r" ?\w+|\W", text))
+    return words
 
 
-def make_tokenizer(size: int, max_arrows: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(size: int, max_arrows: int, style: str = "cells") -> PreTrainedTokenizerFast:
     """A tokenizer that has each word of the recipe as one token, and bytes for any other text, as Qwen's has."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 characters that stand for the bytes
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words = [as_bytes.pre_tokenize_str(word)[0][0] for word in recipe_words(size, max_arrows)]
+    words = [as_bytes.pre_tokenize_str(word)[0][0] for word in recipe_words(size, max_arrows, style)]
     vocab = {token: index for index, token in enumerate(dict.fromkeys([*alphabet, *words]))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))  # a word of the vocabulary, or bytes
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -80,7 +93,7 @@ def make_tokenizer(size: int, max_arrows: int) -> PreTrainedTokenizerFast:
     )
 
 
-def make_processor(size: int, max_arrows: int) -> MultiCoCoProcessor:
+def make_processor(size: int, max_arrows: int, style: str = "cells") -> MultiCoCoProcessor:
     """The processor: one tile, the whole picture pixel by pixel, with one visual token for each cell."""
     pixels = CELL_PIXELS * size
     image_processor = GotOcr2ImageProcessorPil(
@@ -93,7 +106,7 @@ def make_processor(size: int, max_arrows: int) -> MultiCoCoProcessor:
     )
     return MultiCoCoProcessor(
         image_processor,
-        make_tokenizer(size, max_arrows),
+        make_tokenizer(size, max_arrows, style),
         num_image_token=size * size,
         chat_template=chat_template(SHORT_SYSTEM_MESSAGE),
     )
@@ -148,9 +161,11 @@ def make_model(processor: MultiCoCoProcessor, seed: int) -> MultiCoCoForConditio
     return model
 
 
-def make_start_model(output_dir: str | Path, size: int = 4, max_arrows: int = 5, seed: int = 0) -> None:
+def make_start_model(
+    output_dir: str | Path, size: int = 4, max_arrows: int = 5, seed: int = 0, style: str = "cells"
+) -> None:
     """Saves model and processor; the same seed makes the same files."""
-    processor = make_processor(size, max_arrows)
+    processor = make_processor(size, max_arrows, style)
     make_model(processor, seed).save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
 
@@ -165,6 +180,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4, help="Cells along each side of a board, as in prepare.py.")
     parser.add_argument("--max_arrows", type=int, default=5, help="Most arrows of a question, as in prepare.py.")
     parser.add_argument("--seed", type=int, default=0, help="Other seeds give other weights.")
+    parser.add_argument("--style", choices=STYLES, default="cells", help="What steps are, as in prepare.py.")
     args = parser.parse_args()
     make_start_model(**vars(args))
     print(f"{args.output_dir}: made")

@@ -1,7 +1,10 @@
 """Do the thoughts of Trails matter? Every mode with several seeds, each diagnosed: one table, one picture, pages.
 
     python recipes/trails/truth.py --seeds 0 1 2 --jobs 2
-    python recipes/trails/truth.py --modes coconut pause --seeds 0 --output_dir out/small --learning_rate 5e-4
+    python recipes/trails/truth.py --modes coconut pause_steps --seeds 0 --output_dir out/small --learning_rate 5e-4
+
+A mode here is one of multicoco's with its YAML, or one more of `VARIANTS`: `coconut` decodes steps, and so do
+`pause_steps` and `pause_loop_steps`, the controls with its YAML; no other mode does.
 
 Flags that it does not know go to train.py. A seed is that of the first weights, of the order of the boards and of the
 drawn stages; the boards are the same. A command that was interrupted goes on with what is missing.
@@ -22,7 +25,13 @@ from multicoco.recipes.trails.runs import ROOT, Run, add_flags, markdown, run_al
 from multicoco.recipes.trails.start_model import make_start_model
 
 
-CONTROL = "pause"  # beside `coconut`, of the same seed
+# Name of a mode here -> its YAML, and the change against it.
+VARIANTS: dict[str, tuple[str, list[str]]] = {mode: (mode, []) for mode in MODES} | {
+    "coconut_plain": ("coconut_plain", []),
+    "pause_steps": ("coconut", ["--mode", "pause"]),
+    "pause_loop_steps": ("coconut", ["--mode", "pause_loop"]),
+}
+CONTROLS = {"coconut": "pause_steps", "coconut_plain": "pause"}  # shown beside it, of the same seed
 CHANCE = 1 / len(COLOURS)
 
 # Columns: what diagnosis.json holds where; a mode without thoughts lacks most of it.
@@ -36,8 +45,9 @@ FIGURES = {
 
 
 def training(mode: str, seed: int, data: str, output_dir: Path, settings: Sequence[str]) -> Run:
-    """From the first weights of the seed: the mode's own YAML, on one process."""
-    flags = [str(ROOT / "recipes" / "trails" / f"{mode}.yaml")]
+    """From the first weights of the seed: the mode's own YAML and change, on one process."""
+    name, change = VARIANTS[mode]
+    flags = [str(ROOT / "recipes" / "trails" / f"{name}.yaml"), *change]
     flags += ["--train_file", f"{data}/train.jsonl", "--eval_file", f"{data}/val.jsonl"]
     flags += ["--model_name_or_path", str(output_dir / f"start-{seed}"), "--seed", str(seed)]
     flags += ["--per_device_train_batch_size", "64", *settings]
@@ -141,7 +151,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Runs what is missing; prints the table and returns what it is made of, a dictionary for each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/trails", help="Folder that prepare.py made (default: data/trails).")
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="Modes (default: all).")
+    parser.add_argument("--modes", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="Default: all.")
     parser.add_argument("--samples", type=int, default=1000, help="Boards of a diagnosis (default: 1000).")
     add_flags(parser, "out/truth")
     args, settings = parser.parse_known_args(arguments)
@@ -151,7 +161,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     pairs = [(mode, seed) for seed in args.seeds for mode in args.modes]
     folders = (args.data, args.output_dir)
     run_all([training(*pair, *folders, settings) for pair in pairs], args.jobs, "trainings")
-    controls = {"coconut": CONTROL} if CONTROL in args.modes else {}
+    controls = {mode: control for mode, control in CONTROLS.items() if control in args.modes}
     runs = [diagnosis(*pair, *folders, args.samples, controls.get(pair[0])) for pair in pairs]
     run_all(runs, args.jobs, "diagnoses")
     rows = [read_seed(args.output_dir, mode, seed) for mode in args.modes for seed in args.seeds]
