@@ -28,13 +28,13 @@ def read(path):
 def test_truth_trains_diagnoses_and_writes_its_table(tmp_path, capsys):
     prepare(tmp_path / "data", num_train=16, num_val=12)
     folder = tmp_path / "truth"
-    command = ["--data", str(tmp_path / "data"), "--output_dir", str(folder), "--modes", "coconut_plain", "pause"]
+    command = ["--data", str(tmp_path / "data"), "--output_dir", str(folder), "--modes", "coconut", "pause_steps"]
     command += ["--seeds", "0", "--samples", "12", "--jobs", "2", *SHORT]
-    settings = ["--epochs_stage_0", "0", "--max_latent_stage", "1"]
+    settings = ["--epochs_stage_0", "0", "--max_latent_stage", "1", "--first_latent_stage", "1"]
     rows = truth.main(command + settings)
     assert [(row["mode"], row["seed"], row["samples"], row["diagnosed"]) for row in rows] == [
-        ("coconut_plain", 0, 12, 12),
-        ("pause", 0, 12, 12),
+        ("coconut", 0, 12, 12),
+        ("pause_steps", 0, 12, 12),
     ]
     for row in rows:
         results = read(folder / f"{row['mode']}-0" / "results.json")[-1]
@@ -45,7 +45,7 @@ def test_truth_trains_diagnoses_and_writes_its_table(tmp_path, capsys):
         assert row["follows the donor"] == diagnosis["thoughts"]["following"]["donors_picture"]["donor"]["rate"]
         assert row["verdict"] == "not shown to be used"  # one step of training
         assert (folder / f"{row['mode']}-0.html").is_file()
-    assert read(folder / "diagnosis" / "coconut_plain-0" / "diagnosis.json")["control"]["mode"] == "pause"
+    assert read(folder / "diagnosis" / "coconut-0" / "diagnosis.json")["control"]["mode"] == "pause"
     assert (folder / "truth.png").stat().st_size > 10_000
     shown = (folder / "truth.md").read_text(encoding="utf-8")
     assert shown in capsys.readouterr().out

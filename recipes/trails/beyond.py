@@ -39,7 +39,7 @@ VARIANTS = {  # a YAML, and the change against it
     "two_thoughts": ("beyond", ["--c_thought", "2"]),
     "rms_match": ("beyond", ["--thought_feedback", "rms_match"]),
     "steps": ("steps", []),
-    "steps_at_once": ("steps", ["--first_stage", "9"]),
+    "steps_at_once": ("steps", ["--first_latent_stage", "9"]),
 }
 ARROWS, COT = "arrows", "cot"  # the two runs of written reasoning; the second starts from the first
 EPOCHS = {ARROWS: "8", COT: "4"}
