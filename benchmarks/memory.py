@@ -52,12 +52,15 @@ class Case:
 
 WIDE = sizes(192, 768, 6, 6)  # weights weigh more
 NO_THOUGHTS = BatchShape(2, 2, 40, 24, 0)
+STEP_LOSS = BatchShape(2, 2, 40, 24, 6, step_tokens=3 * (2 + 10 - 1), step_labels=3 * 10)  # 3 groups, 10 tokens each
 CASES = {
     "plain": Case(batch=NO_THOUGHTS),
     "6 thoughts": Case(),
     "6 thoughts, padded": Case(batch=BatchShape(3, 2, 40, 24, 6, padded=True)),
     "checkpointing": Case(batch=NO_THOUGHTS, activation_checkpointing=True),
     "6 thoughts, checkpointing": Case(activation_checkpointing=True),
+    "6 thoughts, step loss": Case(batch=STEP_LOSS),
+    "6 thoughts, step loss, checkpointing": Case(batch=STEP_LOSS, activation_checkpointing=True),
     "LoRA": Case(batch=NO_THOUGHTS, flags=dict(lora_rank=8)),
     "LoRA, 6 thoughts, checkpointing": Case(activation_checkpointing=True, flags=dict(lora_rank=8)),
     "frozen tower, 6 thoughts": Case(flags=dict(freeze_backbone=True)),
@@ -100,6 +103,9 @@ def make_batch(config: MultiCoCoConfig, shape: BatchShape) -> dict:
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
     if shape.tiles:
         batch["pixel_values"] = torch.randn(shape.samples * shape.tiles, 3, *size, generator=generator)
+    if shape.step_labels:
+        num_groups = shape.thoughts // config.c_thought
+        batch["step_ids"] = draw(shape.step_labels).unflatten(1, (num_groups, -1))
     return batch
 
 
@@ -112,6 +118,7 @@ def measure(case: Case) -> tuple[int, MemoryEstimate]:
         args = TrainingArguments(output_dir=folder, use_cpu=True, bf16=case.bf16, report_to="none")
         model = load_model(ModelArguments(folder, **case.flags), args, None)
     model.train()
+    model.config.set_trained(step_loss_weight=float(case.batch.step_labels > 0))
     if case.activation_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], fused=True)

@@ -36,6 +36,8 @@ class BatchShape:
         label_tokens (`int`): Tokens after the thoughts: written steps, answer, end of turn.
         thoughts (`int`): Latent tokens.
         padded (`bool`, defaults to `False`): Whether any sample is shorter than the others, so that masks are made.
+        step_tokens (`int`, defaults to 0): With a step loss, thoughts and texts of all groups, as they are fed.
+        step_labels (`int`, defaults to 0): Tokens of these texts.
     """
 
     samples: int
@@ -44,9 +46,13 @@ class BatchShape:
     label_tokens: int
     thoughts: int
     padded: bool = False
+    step_tokens: int = 0
+    step_labels: int = 0
 
     def __post_init__(self):
-        for name, least in (("samples", 1), ("tiles", 0), ("text_tokens", 1), ("label_tokens", 1), ("thoughts", 0)):
+        least_of = {"samples": 1, "text_tokens": 1, "label_tokens": 1}
+        for name in ("samples", "tiles", "text_tokens", "label_tokens", "thoughts", "step_tokens", "step_labels"):
+            least = least_of.get(name, 0)
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` is {value!r}, expected an integer of at least {least}. Correct the shape.")
@@ -189,7 +195,7 @@ def _estimate(config: MultiCoCoConfig, batch: BatchShape, run: _Run) -> MemoryEs
     if run.activation_checkpointing:  # layers keep none, but autocast does until the forward ends
         casts = weights.cached_casts(run)
     layer, norm = weights.parts["layer"], weights.parts["norm"]
-    shared = layer.trained * layer.count + norm.trained if len(chunks) > 1 else 0
+    shared = layer.trained * layer.count + norm.trained if len(chunks) > 1 or batch.step_tokens else 0
     kept = dict.fromkeys(("vision", "language", "logits"), 0)
     for segment in segments:
         kept[segment.part] += segment.saved - segment.key_values
@@ -210,6 +216,9 @@ def _estimate(config: MultiCoCoConfig, batch: BatchShape, run: _Run) -> MemoryEs
     )
 
 
+_Row = tuple[int, int, int, int, int, int, int]  # what `_longest` returns
+
+
 def worst_batches(dataset: StageDataset, batch_size: int) -> list[BatchShape]:
     """
     For each stage the shape of the batch of the `batch_size` longest records, padded as the collator does; where
@@ -220,7 +229,7 @@ def worst_batches(dataset: StageDataset, batch_size: int) -> list[BatchShape]:
         batch_size (`int`): Samples of a micro batch.
     """
     visual, stages = dataset.num_image_token, range(dataset.curriculum.last_stage + 1)
-    longest: list[list[tuple[int, int, int, int]]] = [[] for _ in stages]  # of each stage, the longest so far
+    longest: list[list[_Row]] = [[] for _ in stages]  # of each stage, the longest so far
     for shape in dataset.shapes():
         for stage, rows in zip(stages, longest, strict=True):
             rows.append(_longest(shape, stage, dataset.curriculum))
@@ -228,7 +237,10 @@ def worst_batches(dataset: StageDataset, batch_size: int) -> list[BatchShape]:
                 rows[:] = _first(rows, batch_size, visual)
     batches = []
     for rows in longest:
-        tiles, texts, labels, thoughts = zip(*_first(rows, batch_size, visual), strict=True)
+        tiles, texts, labels, thoughts, groups, lengths, step_labels = zip(
+            *_first(rows, batch_size, visual), strict=True
+        )
+        step_tokens = max(groups) * (dataset.curriculum.c_thought + max(lengths) - 1)
         mean = math.ceil(sum(tiles) / len(tiles))
         prompt = max(count * visual + text for count, text in zip(tiles, texts, strict=True))
         batches.append(
@@ -239,18 +251,23 @@ def worst_batches(dataset: StageDataset, batch_size: int) -> list[BatchShape]:
                 label_tokens=max(labels),
                 thoughts=max(thoughts),
                 padded=batch_size > 1,
+                step_tokens=step_tokens,
+                step_labels=max(step_labels),
             )
         )
     return batches
 
 
-def _first(rows: list[tuple[int, int, int, int]], count: int, visual: int) -> list[tuple[int, int, int, int]]:
-    return sorted(rows, key=lambda row: row[0] * visual + sum(row[1:]), reverse=True)[:count]
+def _first(rows: list[_Row], count: int, visual: int) -> list[_Row]:
+    return sorted(rows, key=lambda row: row[0] * visual + sum(row[1:4]), reverse=True)[:count]
 
 
-def _longest(shape: RecordShape, stage: int, curriculum: CurriculumArguments) -> tuple[int, int, int, int]:
-    """At `stage`: tiles, text tokens, and the most labels and thoughts it may be drawn with."""
-    labels, thoughts = [], []
+def _longest(shape: RecordShape, stage: int, curriculum: CurriculumArguments) -> _Row:
+    """
+    At `stage`: tiles, text tokens, and the most labels and thoughts it may be drawn with; with a step loss, of its
+    groups the number, the longest text and the tokens of all texts, at most.
+    """
+    labels, thoughts, texts = [], [], []
     for steps in shape.rationales:  # one of these is drawn
         drawn = [stage]
         if curriculum.mix != "none" and curriculum.last_stage:
@@ -258,10 +275,16 @@ def _longest(shape: RecordShape, stage: int, curriculum: CurriculumArguments) ->
         for each in drawn:
             num_thoughts, num_gone = curriculum.counts(len(steps), each)
             thoughts.append(num_thoughts)
+            if curriculum.decodes_steps:
+                num_groups = num_thoughts // curriculum.c_thought
+                ends = [length + 1 for length in steps[:num_groups]]  # each with the end of its turn
+                texts.append([*ends, *[shape.answer] * (num_groups - len(ends))])
             labels.append(sum(steps[num_gone:]) + shape.answer)
     markers = 2 if curriculum.has_block else 0
     text = shape.question - len(shape.num_patches_list) + markers
-    return sum(shape.num_patches_list), text, max(labels), max(thoughts)
+    groups = max(map(len, texts), default=0)
+    length, step_labels = max((max(each, default=1) for each in texts), default=1), max(map(sum, texts), default=0)
+    return sum(shape.num_patches_list), text, max(labels), max(thoughts), groups, length, step_labels
 
 
 # --- what the weights are ----------------------------------------------------------------------------------------
@@ -361,7 +384,16 @@ def _segments(
         segments.append(_Segment("language", batch.samples * chunk * norm, 0, "norm", parts["norm"].trained))
     logits = batch.samples * batch.label_tokens * (12 * text.vocab_size + run.act * text.hidden_size)
     cast = run.cast(parts["head"].products)
-    return [*segments, _Segment("logits", logits, 2 * embeds, "head", parts["head"].trained, cast)]
+    segments.append(_Segment("logits", logits, 2 * embeds, "head", parts["head"].trained, cast))
+    if batch.step_tokens:  # one more pass, which sees no other, and its logits
+        alone = dataclasses.replace(batch, padded=False)
+        layer = _layer_segment(text, alone, [batch.step_tokens], 0, run, parts["layer"])
+        segments += [dataclasses.replace(layer, group=f"layer {index}") for index in range(parts["layer"].count)]
+        saved = batch.samples * batch.step_tokens * norm
+        segments.append(_Segment("language", saved, 0, "norm", parts["norm"].trained))
+        logits = batch.samples * batch.step_labels * (12 * text.vocab_size + run.act * text.hidden_size)
+        segments.append(_Segment("logits", logits, 0, "head", parts["head"].trained))
+    return segments
 
 
 def _vision_segments(config: MultiCoCoConfig, batch: BatchShape, run: _Run, weights: _Weights) -> list[_Segment]:
