@@ -1,14 +1,10 @@
-"""
-Parallel thoughts equal their plain definition, in float64: the whole sample runs again for each sweep, without a cache.
-"""
+"""Parallel thoughts equal their definition, in float64: for each sweep the whole sample again, without a cache."""
 
-import copy
 import re
-import types
 
 import pytest
 import torch
-from conftest import CHECKPOINT, model_inputs
+from conftest import model_inputs
 from reference import (
     assert_same_grads,
     loss_and_grads,
@@ -18,10 +14,9 @@ from reference import (
     training,
     widened,
 )
-from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
-from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration
-from multicoco.passes import read_only
+from multicoco import MultiCoCoConfig
 from multicoco.training.arguments import parse
 from multicoco.training.loading import load_model
 
@@ -90,8 +85,9 @@ def test_as_many_sweeps_as_thoughts_equal_passes_in_sequence(model, batch, check
     assert_same_grads(grads, expected)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("feedback", ["identity", "rms_match"])
+@pytest.mark.parametrize(
+    ("feedback", "checkpointing"), [("identity", True), ("rms_match", False)], ids=["checkpointing", "rms_match"]
+)
 def test_fewer_sweeps_equal_their_definition(model, batch, feedback, checkpointing):
     model.config.thought_feedback, model.config.thought_sweeps = feedback, 1 + checkpointing
     expected_loss, expected = loss_and_grads(model, lambda: swept_loss(model, batch, 1 + checkpointing))
@@ -103,10 +99,8 @@ def test_fewer_sweeps_equal_their_definition(model, batch, feedback, checkpointi
     assert_same_grads(grads, expected)
 
 
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-def test_logits_and_thoughts_equal_the_definition(model, batch, attn_implementation):
+def test_logits_and_thoughts_equal_the_definition(model, batch):
     """Each row by itself, so what others have beside it changes nothing; edited, and with a cache."""
-    model.set_attn_implementation(attn_implementation)
     inputs = model_inputs(batch)
     model.config.thought_sweeps = 2
     with torch.no_grad(), widened():
@@ -191,7 +185,7 @@ def test_a_cache_that_goes_on_holds_no_key_of_a_sweep(model, make_batch):
             for layer, other in zip(cache.layers, expected.layers, strict=True):
                 torch.testing.assert_close(layer.keys[..., :length, :], other.keys, **LOGITS)
                 assert not layer.keys[..., length:, :].any()
-        ids = torch.cat([inputs["input_ids"], torch.tensor([[9, 8, *inputs["input_ids"][0, -5:].tolist()]])], dim=1)
+        ids = torch.cat([inputs["input_ids"], torch.tensor([[9, 8, 7]])], dim=1)
         new = ids[:, length:]
         model.config.thought_sweeps = 9
         whole = dict(input_ids=ids, pixel_values=inputs["pixel_values"])
@@ -212,6 +206,7 @@ def test_controls_are_what_they_are_without_sweeps(model, make_batch):
 
 def test_what_the_answer_sees_holds_in_sweeps(model, make_batch):
     batch = model_inputs(make_batch(**CASES["left"]))
+    model.set_attn_implementation("eager")
     expected = model(**batch, answer_sees="no_image").loss
     model.config.thought_sweeps = 3
     torch.testing.assert_close(model(**batch, answer_sees="no_image").loss, expected)
@@ -221,21 +216,41 @@ def test_what_the_answer_sees_holds_in_sweeps(model, make_batch):
 def test_sweeps_are_refused_where_they_would_be_wrong(model, make_batch):
     inputs = model_inputs(make_batch(num_thoughts=(3,), images=((1,),)))
     model.config.thought_sweeps = 1
-    positions = torch.arange(inputs["input_ids"].shape[1])
+    length = inputs["input_ids"].shape[1]
+    positions = torch.tensor([[*range(length - 2), 0, 1]])
     with pytest.raises(ValueError, match="`config.thought_sweeps` cannot be used with packed rows"):
-        model(
-            **inputs, position_ids=torch.where(positions > positions[-3], positions - positions[-2], positions)[None]
-        )
+        model(**inputs, position_ids=positions)
     cache = DynamicCache(config=model.config.text_config)
-    unknown = type("UnknownLayer", (type(cache.layers[0]),), {}) if cache.layers else None
-    cache.layers = [unknown() for _ in cache.layers]
+    cache.layers = [UnknownLayer() for _ in model.model.language_model.layers]
     with pytest.raises(ValueError, match="has a UnknownLayer, and with `config.thought_sweeps`"):
         model(**inputs, past_key_values=cache, use_cache=True)
     model.config.thought_sweeps = 0
     with pytest.raises(ValueError, match="`config.thought_sweeps` must be an integer of at least 1, got 0"):
         model(**inputs)
     for wrong in (0, 1.5, True):
-        with pytest.raises(
-            ValueError, match=re.escape(f"`thought_sweeps` must be an integer of at least 1, got {wrong}")
-        ):
+        message = f"`thought_sweeps` must be an integer of at least 1, got {wrong}"
+        with pytest.raises(ValueError, match=re.escape(message)):
             MultiCoCoConfig(thought_sweeps=wrong)
+
+
+class UnknownLayer(DynamicLayer):
+    """A kind of which nobody knows whether a pass leaves something in it."""
+
+
+def test_training_sets_the_number_of_sweeps(model, processor, tmp_path):
+    """As given, else as in the checkpoint; 0 is one pass after another. It is among what a checkpoint was trained as."""
+    model.config.thought_sweeps = 2
+    start = str(tmp_path / "start")
+    model.save_pretrained(start)
+    for given, expected in (([], 2), (["--thought_sweeps", "3"], 3), (["--thought_sweeps", "0"], None)):
+        words = [
+            "--model_name_or_path",
+            str(tmp_path / "start"),
+            "--train_file",
+            "none",
+            "--output_dir",
+            str(tmp_path),
+        ]
+        model_args, _, _, args, _ = parse(None, [*words, *given])
+        config = load_model(model_args, args, processor).config
+        assert config.thought_sweeps == config.trained["thought_sweeps"] == expected
