@@ -238,7 +238,7 @@ class UnknownLayer(DynamicLayer):
 
 
 def test_training_sets_the_number_of_sweeps(model, processor, tmp_path):
-    """As given, else as in the checkpoint; 0 is one pass after another. It is among what a checkpoint was trained as."""
+    """As given, else as in the checkpoint; 0 is one pass after another. A checkpoint says what it was trained with."""
     model.config.thought_sweeps = 2
     start = str(tmp_path / "start")
     model.save_pretrained(start)
