@@ -43,10 +43,10 @@ def double(thought, index):
 def swept(model, input_ids, pixel_values, num_sweeps, edit_thoughts=None):
     """Logits (T, V) and thoughts (n, D) of one unpadded sample by the definition."""
     edit = (lambda thought, index: thought) if edit_thoughts is None else edit_thoughts
-    no_thought = input_ids == model.config.latent_token_id
+    is_thought = input_ids == model.config.latent_token_id
     embeds, thoughts = reference_embeds(model, input_ids, pixel_values, edit_thoughts)
-    plain = model.get_input_embeddings()(input_ids[no_thought])
-    places = no_thought.nonzero().flatten().tolist()
+    plain = model.get_input_embeddings()(input_ids[is_thought])
+    places = is_thought.nonzero().flatten().tolist()
     decode = lambda fed: model.model.language_model(inputs_embeds=fed[None], use_cache=False).last_hidden_state[0]  # noqa: E731
 
     def feed(found):
