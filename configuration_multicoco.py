@@ -43,7 +43,8 @@ CONTROL_FEEDBACK = {"pause": "latent_one_pass", "pause_loop": "latent"}
 # The modes whose samples hold a block of thoughts; the others have written steps, or nothing, in its place.
 BLOCK_MODES = ("coconut", *CONTROL_FEEDBACK)
 # The fields that training sets: what a checkpoint was trained as, and how it is to be asked.
-TRAINED = ("mode", "stage", "num_thoughts", "thought_feedback", "c_thought", "max_latent_stage", "step_loss_weight")
+TRAINED = ("mode", "stage", "num_thoughts", "thought_feedback", "thought_sweeps", "step_loss_weight")
+TRAINED += ("c_thought", "max_latent_stage")
 
 # Language models whose parameter names are the same in an original checkpoint and in transformers.
 ORIGINAL_TEXT_MODELS = {
@@ -86,6 +87,10 @@ class MultiCoCoConfig(InternVLConfig):
             What is fed at a latent position: the state before it as it is (`"identity"`, the paper's) or with the norm
             of the embedding of `<|latent|>` (`"rms_match"`); or, in the controls, that embedding itself, in the same
             passes (`"latent"`) or in one plain pass (`"latent_one_pass"`).
+        thought_sweeps (`int`, *optional*):
+            Parallel thoughts (PCCoT, arXiv 2506.18582): all thoughts of a batch are computed together, in so many
+            sweeps, each from the thoughts of the sweep before; `T` sweeps make the first `T + 1` thoughts exact.
+            `None`: one pass after another (the paper of Coconut).
         step_loss_weight (`float`, defaults to 0):
             What the step loss counts beside that of the words, in training; 0: there was none (the paper), and the
             thoughts cannot be read. See [`~objectives.StepDecoding`].
@@ -119,6 +124,7 @@ class MultiCoCoConfig(InternVLConfig):
     stage: int = 0
     num_thoughts: int | None = None
     thought_feedback: str = "identity"
+    thought_sweeps: int | None = None
     step_loss_weight: float = 0.0
     mode: str = "coconut"
     system_message: str | None = None
@@ -195,9 +201,10 @@ class MultiCoCoConfig(InternVLConfig):
                     f"`{name}` must be an id within the vocabulary of {vocab_size} tokens, got {value!r}. Let "
                     "`add_thought_tokens(model, tokenizer)` add the token and resize the embeddings."
                 )
-        for name, least in (("c_thought", 1), ("max_latent_stage", 0), ("stage", 0), ("num_thoughts", 0)):
+        least_values = {"c_thought": 1, "max_latent_stage": 0, "stage": 0, "num_thoughts": 0, "thought_sweeps": 1}
+        for name, least in least_values.items():
             value = getattr(self, name)
-            if value is None and name == "num_thoughts":
+            if value is None and name in ("num_thoughts", "thought_sweeps"):
                 continue
             if not is_int(value) or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")

@@ -65,6 +65,7 @@ from .passes import (
     Plan,
     answer_visibility,
     check_thoughts,
+    count_sweeps,
     hidden_from_answer,
     holds_tokens,
     join_attentions,
@@ -86,7 +87,7 @@ class MultiCoCoModelOutputWithPast(InternVLModelOutputWithPast):
     Output of [`MultiCoCoModel`].
 
     last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
-        What the head reads. At the position before a thought it is that thought.
+        What the head reads. At the position before a thought it is that thought (by `thought_sweeps` one sweep later).
     thoughts (`torch.FloatTensor` of shape `(batch_size, num_thoughts, hidden_size)`, *optional*):
         What was fed at the latent positions, with `return_thoughts=True`; zeros after the last thought of a row.
     states (`torch.FloatTensor` of shape `(batch_size, num_thoughts, hidden_size)`, *optional*):
@@ -311,14 +312,14 @@ class MultiCoCoModel(InternVLChatBackbone):
         elif samples is not None:
             language_config = self.language_model.config
             visible = packed_visibility(language_config, samples.to(tokens.device), has_thoughts=bool(columns))
-        num_surplus = 0
+        num_surplus, num_sweeps = 0, count_sweeps(self.config, columns, numbers, samples)
         if latent_mask is not None and is_sharded(self):  # asked before the passes, which gather parameters themselves
-            num_passes = len(columns) + 1
+            num_passes = (len(columns) if num_sweeps is None else num_sweeps + 1) + 1
             num_surplus = most_of_all_ranks(num_passes, tokens.device) - num_passes
         position_ids = count_positions(position_ids, attention_mask, length)
         if columns and is_2d(attention_mask) and attention_mask.all():
             attention_mask = None  # without padding the passes use kernels that take no mask
-        return Plan(columns, numbers, num_surplus, visible, attention_mask, position_ids)
+        return Plan(columns, num_sweeps, numbers, num_surplus, visible, attention_mask, position_ids)
 
     def number_thoughts(
         self,

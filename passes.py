@@ -5,6 +5,7 @@ Knows a language model that takes embeddings, masks, keys and values; no images,
 Shapes: B batch, T tokens, D hidden size.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard, cast
@@ -12,15 +13,24 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .compat import attention_of, is_2d
 from .configuration_multicoco import (
+    CONSTANT_FEEDBACKS,
     END_LATENT_TOKEN,
     LATENT_TOKEN,
     START_LATENT_TOKEN,
     MultiCoCoConfig,
+    is_int,
 )
 
 
@@ -236,16 +246,128 @@ class PassCache(Cache):
             super().__init__(layers=[PassLayer((*layer.past, layer.own)) for layer in layers])
 
 
+def read_only(cache: Cache) -> Cache:
+    """
+    A cache that has the keys and values of another and keeps what a pass adds for itself.
+
+    Raises:
+        ValueError: a kind of cache of which that is not known.
+    """
+    if isinstance(cache, PassCache):
+        return PassCache(len(cache.layers), previous=cache)
+    layers = []
+    for layer in cache.layers:
+        twin = copy.copy(layer)  # these grow by new tensors
+        if type(layer) in (StaticLayer, StaticSlidingWindowLayer):  # these write into their own
+            vars(twin).update({name: each.clone() for name, each in vars(layer).items() if torch.is_tensor(each)})
+        elif type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"`past_key_values` has a {type(layer).__name__}, and with `config.thought_sweeps` the layers of a "
+                "cache must be dynamic or static: sweeps must leave nothing in it. Use a `DynamicCache`, or set "
+                "`thought_sweeps` to None."
+            )
+        layers.append(twin)
+    reader = copy.copy(cache)
+    reader.layers = layers
+    return reader
+
+
 @dataclass
 class Plan:
     """All that the host reads of a batch: checked and read before any compute, once."""
 
-    columns: list[int]  # where some row has a thought; the sequence is cut before each
+    columns: list[int]  # where some row has a thought; the sequence is cut before each, or before the first
+    num_sweeps: int | None  # over all thoughts together, see `sweep_thoughts`; `None`: one after another
     numbers: torch.Tensor  # (B, T), on the host: 1 at a row's first thought, 2 at its second, 0 elsewhere; or empty
     num_surplus: int  # passes that other ranks make and this one does not need
     visible: Visible | None  # beside the causal rule
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor | None
+
+
+def count_sweeps(
+    config: MultiCoCoConfig, columns: list[int], numbers: torch.Tensor, samples: torch.Tensor | None
+) -> int | None:
+    """
+    The passes of [`sweep_thoughts`] that a batch takes; `None` for passes in sequence. They are
+    `config.thought_sweeps`, or as many as make every thought exact if those are fewer, and one if first thoughts are
+    scattered. `columns` and `numbers` are those of the [`Plan`], `samples` those of [`packed_samples`].
+
+    Raises:
+        ValueError: packed rows, or a number of sweeps that was set after the configuration was checked.
+    """
+    if config.thought_sweeps is None or not columns:
+        return None
+    if not is_int(config.thought_sweeps) or config.thought_sweeps < 1:
+        raise ValueError(
+            f"`config.thought_sweeps` must be an integer of at least 1, got {config.thought_sweeps!r}. None makes one "
+            "pass after another."
+        )
+    if samples is not None:
+        raise ValueError("`config.thought_sweeps` cannot be used with packed rows. Pad instead, or set it to None.")
+    if config.thought_feedback in CONSTANT_FEEDBACKS:
+        return 0  # what they would compute is not fed, so under ZeRO-3 their backward would be missing on some ranks
+    return min(config.thought_sweeps, int(numbers.max()) - 1) + int(_are_scattered(columns, numbers))
+
+
+def _are_scattered(columns: list[int], numbers: torch.Tensor) -> bool:
+    """Whether the first thought of some row stands behind the first column."""
+    return any(1 in numbers[:, column].tolist() for column in columns[1:])
+
+
+@dataclass
+class Passes:
+    """The language model, with all that the passes of a batch share."""
+
+    language_model: PreTrainedModel
+    plan: Plan
+    length: int  # of the sequence, T
+    numbers: torch.Tensor  # those of the plan, on the device
+    thought_feedback: str
+    edit_thoughts: EditThoughts | None
+    kwargs: dict[str, Any]
+
+    def run(self, chunk: torch.Tensor, start: int, cache: Cache | None) -> Any:
+        """The output for the embeddings (B, chunk, D) that stand from column `start` on."""
+        plan, config, stop = self.plan, self.language_model.config, start + chunk.shape[1]
+        mask: Any = plan.attention_mask
+        if is_2d(mask):
+            mask = mask[:, : mask.shape[1] - self.length + stop]  # it may begin with keys of an earlier turn
+        # transformers asks the device whether a 2D mask has padding, once per pass; a mask made here does not wait.
+        makes_mask = plan.visible is not None or (plan.columns and plan.attention_mask is not None)
+        if makes_mask and not has_flash(config):
+            mask = causal_masks(
+                config=config,
+                inputs_embeds=chunk,
+                attention_mask=mask,
+                past_key_values=cache,
+                and_mask_function=plan.visible,
+                allow_is_causal_skip=False,
+            )
+        return self.language_model(
+            inputs_embeds=chunk,
+            attention_mask=mask,
+            position_ids=plan.position_ids[:, start:stop] if plan.position_ids is not None else None,
+            past_key_values=cache,
+            **self.kwargs,
+        )
+
+    def feed(self, embeds: torch.Tensor, states: torch.Tensor, start: int) -> torch.Tensor:
+        """
+        Embeddings (B, t, D), which stand from column `start` on, with thoughts where these belong; each is made of the
+        state in its place in `states` (B, t, D), that of the position before.
+        """
+        numbers = self.numbers[:, start : start + embeds.shape[1]]  # (B, t)
+        thoughts = thought_of(states, embeds, self.thought_feedback)
+        if self.edit_thoughts is None:
+            return torch.where(numbers[..., None] > 0, thoughts, embeds)
+        columns = list(embeds.unbind(dim=1))
+        for index, column in enumerate(columns):
+            for number in sorted(set(self.plan.numbers[:, start + index].tolist()) - {0}):
+                thought = self.edit_thoughts(thoughts[:, index], number - 1)
+                rows = numbers[:, index, None] == number  # (B, 1)
+                columns[index] = column = torch.where(rows, thought, column)
+        return torch.stack(columns, dim=1)
 
 
 def run_passes(
@@ -260,57 +382,35 @@ def run_passes(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor], list[Any]]:
     """
-    Coconut. Returns the last hidden states (B, T, D), the thoughts (B, num_thoughts, D), and of each pass the
-    embeddings that were fed (B, chunk, D) and the output.
+    Coconut. Returns the last hidden states (B, T, D), the thoughts (B, num_thoughts, D), and of each pass, but for
+    sweeps, the embeddings that were fed (B, chunk, D) and the output.
     """
-    config, layers, columns = language_model.config, cast(nn.ModuleList, language_model.layers), plan.columns
-    batch_size, length, hidden_size = inputs_embeds.shape
+    columns, length = plan.columns, inputs_embeds.shape[1]
     num_thoughts = int(plan.numbers.max()) if columns else 0
-    thoughts = [inputs_embeds.new_zeros(batch_size, hidden_size)] * num_thoughts
     numbers = plan.numbers.to(inputs_embeds.device, non_blocking=True) if columns else plan.numbers
+    kwargs["use_cache"] = use_cache
+    passes = Passes(language_model, plan, length, numbers, thought_feedback, edit_thoughts, kwargs)
     if columns and use_cache and past_key_values is None:
-        past_key_values = DynamicCache(config=config)
-    past_length = plan.attention_mask.shape[1] - length if is_2d(plan.attention_mask) else 0
-    # transformers asks the device whether a 2D mask has padding, once per pass; a mask made here does not wait.
-    makes_mask = plan.visible is not None or (columns and plan.attention_mask is not None)
+        past_key_values = DynamicCache(config=language_model.config)
+    cuts = columns if plan.num_sweeps is None else columns[:1]
 
     cache = past_key_values
+    fed: list[torch.Tensor] = []
     chunks: list[torch.Tensor] = []
     outputs: list[Any] = []
     states: list[torch.Tensor] = []
-    for start, stop in zip([0, *columns], [*columns, length], strict=True):
+    for start, stop in zip([0, *cuts], [*cuts, length], strict=True):
         chunk = inputs_embeds[:, start:stop]  # (B, stop - start, D)
         if start > 0:
-            first = chunk[:, 0]  # (B, D)
-            # layers may be on other devices
-            state = thought_of(states[-1][:, -1].to(first.device), first, thought_feedback)
-            for number in sorted(set(plan.numbers[:, start].tolist()) - {0}):
-                thought = state if edit_thoughts is None else edit_thoughts(state, number - 1)
-                rows = numbers[:, start, None] == number  # (B, 1)
-                first = torch.where(rows, thought, first)
-                thoughts[number - 1] = torch.where(rows, thought, thoughts[number - 1])
-            chunk = torch.cat([first[:, None], chunk[:, 1:]], dim=1)
+            state = states[-1][:, -1:].to(chunk.device)  # (B, 1, D); layers may be on other devices
+            if plan.num_sweeps is None:
+                fed.append(passes.feed(chunk[:, :1], state, start))
+            else:
+                fed.append(sweep_thoughts(passes, chunk, state, cast(Cache, cache)))
+            chunk = torch.cat([fed[-1], chunk[:, fed[-1].shape[1] :]], dim=1)
         if columns and past_key_values is None:
-            cache = PassCache(len(layers), previous=cache)
-        mask: Any = plan.attention_mask
-        mask = mask[:, : past_length + stop] if is_2d(mask) else mask
-        if makes_mask and not has_flash(config):
-            mask = causal_masks(
-                config=config,
-                inputs_embeds=chunk,
-                attention_mask=mask,
-                past_key_values=cache,
-                and_mask_function=plan.visible,
-                allow_is_causal_skip=False,
-            )
-        output = language_model(
-            inputs_embeds=chunk,
-            attention_mask=mask,
-            position_ids=plan.position_ids[:, start:stop] if plan.position_ids is not None else None,
-            past_key_values=cache,
-            use_cache=use_cache,
-            **kwargs,
-        )
+            cache = PassCache(len(cast(nn.ModuleList, language_model.layers)), previous=cache)
+        output = passes.run(chunk, start, cache)
         chunks.append(chunk)
         outputs.append(output)
         states.append(output.last_hidden_state)
@@ -318,13 +418,60 @@ def run_passes(
     for _ in range(plan.num_surplus):
         surplus = language_model(inputs_embeds=inputs_embeds[:1, :1], use_cache=False).last_hidden_state
         hidden_states = hidden_states + 0.0 * surplus.sum()
-    return hidden_states, torch.stack(thoughts, dim=1) if thoughts else None, chunks, outputs
+    thoughts = None
+    if columns:
+        places = columns if plan.num_sweeps is None else slice(columns[0], columns[-1] + 1)
+        numbers = plan.numbers[:, places].to(inputs_embeds.device, non_blocking=True)
+        thoughts = gather_thoughts(torch.cat(fed, dim=1), numbers, num_thoughts)
+    return hidden_states, thoughts, chunks, outputs
+
+
+def sweep_thoughts(passes: Passes, chunk: torch.Tensor, state: torch.Tensor, prefix: Cache) -> torch.Tensor:
+    """
+    Parallel thoughts (PCCoT, arXiv 2506.18582). All columns from the first thought to the last run together, sweep
+    after sweep. The first sweep is fed each row's first thought and then embeddings of `<|latent|>`; each later one
+    the states of the sweep before, moved by one place. What stands between thoughts keeps its embedding.
+
+    What follows from exact thoughts alone is exact: after t sweeps, the first t + 1 thoughts of every row.
+
+    Args:
+        passes ([`Passes`]): Of the batch.
+        chunk (`torch.Tensor` of shape `(B, chunk, D)`): Embeddings from the first thought on.
+        state (`torch.Tensor` of shape `(B, 1, D)`): That of the column before.
+        prefix ([`~transformers.Cache`]): Keys and values of all before; stays as it is.
+
+    Returns:
+        `torch.Tensor` of shape `(B, t, D)`: What is to be fed from the first thought to the last.
+    """
+    plan = passes.plan
+    first, last = plan.columns[0], plan.columns[-1]
+    embeds = chunk[:, : last + 1 - first]  # (B, t, D)
+    latents = embeds[:, 1:]  # (B, t - 1, D); any feedback makes an embedding of itself
+    fed = passes.feed(embeds, torch.cat([state, latents], dim=1), first)
+    finds_firsts = _are_scattered(plan.columns, plan.numbers)
+    for sweep in range(plan.num_sweeps or 0):
+        states = passes.run(fed[:, :-1], first, read_only(prefix)).last_hidden_state.to(embeds.device)
+        if finds_firsts and sweep == 0:  # else a row would think otherwise beside others than alone
+            is_first = passes.numbers[:, first + 1 : last + 1, None] == 1  # (B, t - 1, 1)
+            states = torch.where(is_first, states, latents)
+        fed = passes.feed(embeds, torch.cat([state, states], dim=1), first)
+    return fed
+
+
+def gather_thoughts(fed: torch.Tensor, numbers: torch.Tensor, num_thoughts: int) -> torch.Tensor:
+    """
+    The thoughts (B, num_thoughts, D) of each row in their order, then zeros, of what was fed (B, t, D) at columns in
+    which `numbers` (B, t), as in the [`Plan`] but on the device, tells them apart.
+    """
+    order = (numbers == 0).long().argsort(dim=1, stable=True)[:, :num_thoughts]  # (B, num_thoughts), thoughts first
+    thoughts = fed.gather(1, order[..., None].expand(-1, -1, fed.shape[-1]))
+    return torch.where(numbers.gather(1, order)[..., None] > 0, thoughts, 0.0)
 
 
 def thought_of(state: torch.Tensor, latent: torch.Tensor, thought_feedback: str) -> torch.Tensor:
     """
-    The thought (B, D) that a state (B, D) becomes where the embedding `latent` (B, D) stands; for `thought_feedback`
-    see [`MultiCoCoConfig`].
+    The thoughts (..., D) that states (..., D) become where the embeddings `latent` (..., D) stand; for
+    `thought_feedback` see [`MultiCoCoConfig`].
     """
     match thought_feedback:
         case "identity":

@@ -1,6 +1,7 @@
 r"""What thoughts cost in training: forward and backward with 6 thoughts against native InternVL over the same tokens.
 
     python benchmarks/passes.py                                                # CPU, about 3 minutes on 2 idle cores
+    python benchmarks/passes.py --num_thoughts 24 --sweeps 3                   # and all thoughts at once, in 3 sweeps
     python benchmarks/passes.py --quick                                        # does it run? No figure to quote.
     python benchmarks/passes.py --device cuda --shape internvl3-1b --dtype bfloat16
 
@@ -99,6 +100,7 @@ class BenchmarkArguments:
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "Attention of both models."})
     num_thoughts: int = field(default=6, metadata={"help": "Thoughts per sample."})
+    sweeps: int | None = field(default=None, metadata={"help": "Adds a row with all thoughts at once, in so many."})
     batch_size: int | None = field(default=None, metadata={"help": "Samples per batch; by default the shape's."})
     tiles: int | None = field(default=None, metadata={"help": "Image tiles per sample; by default the shape's."})
     repetitions: int = field(default=5, metadata={"help": "Timed repetitions of each row."})
@@ -108,10 +110,10 @@ class BenchmarkArguments:
         if self.quick:
             self.shape, self.repetitions = "tiny", 1
             torch.set_num_threads(1)  # tiny tensors: two threads on a busy machine wait for each other
-        if self.repetitions < 1 or self.num_thoughts < 1:
+        if self.repetitions < 1 or self.num_thoughts < 1 or (self.sweeps is not None and self.sweeps < 1):
             raise ValueError(
-                f"`--repetitions` and `--num_thoughts` must be at least 1, got {self.repetitions} and "
-                f"{self.num_thoughts}."
+                f"`--repetitions`, `--num_thoughts` and `--sweeps` must be at least 1, got {self.repetitions}, "
+                f"{self.num_thoughts} and {self.sweeps}."
             )
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"`--device {self.device}` needs a CUDA device, and torch sees none. Use `--device cpu`.")
@@ -243,6 +245,15 @@ def recomputed_loss(model, batch):
     """The definition without a cache, all of it with gradients."""
     states = run_prefix(model, recompute_thoughts(model, batch), batch["attention_mask"])
     return loss_at_labels(model, states, batch["labels"])
+
+
+def swept_loss(model, batch, num_sweeps: int) -> torch.Tensor:
+    """The loss with all thoughts computed together, in sweeps."""
+    model.config.thought_sweeps = num_sweeps
+    try:
+        return model(**batch).loss
+    finally:
+        model.config.thought_sweeps = None
 
 
 def make_step(model, loss_fn, checkpointing=False) -> Callable[[], None]:
@@ -439,6 +450,10 @@ def main(args: BenchmarkArguments) -> None:
         Row(checkpointed + at_labels, make_step(native, lambda: native_loss(native, batch, True), True), checkpointed),
         Row("multicoco, checkpointing", make_step(model, lambda: model(**batch).loss, True), checkpointed, 1.15, 1.10),
     ]
+    if args.sweeps is not None:  # goals of 24 thoughts in 3 sweeps: many kernels less, or few tokens more
+        run = make_step(model, lambda: swept_loss(model, batch, args.sweeps))
+        against, goal = (plain + at_labels, 1.15) if batch_size > 1 else ("multicoco", 1 / 1.8)
+        rows.append(Row(f"multicoco, {args.sweeps} sweeps", run, against, goal))
     measure(rows, args.repetitions, args.device)
     machine = matmul_flops(args, num_tokens)
 
@@ -464,11 +479,16 @@ def main(args: BenchmarkArguments) -> None:
         lines.append(line)
     print_table(["training step", *HEADER, "tokens/s", "GFLOP/s", "of matmul"], lines)
 
-    _, strict, ours, _, strict_checkpointed, ours_checkpointed = rows
+    _, strict, ours, _, strict_checkpointed, ours_checkpointed, *swept = rows
     print(
         f"\nRatios are to `native` of the same kind. The passes alone, against native{at_labels} (no goal): "
         f"{compare(ours, strict)}; with checkpointing {compare(ours_checkpointed, strict_checkpointed)}."
     )
+    for row in swept:
+        print(
+            f"{row.name}, not {args.num_thoughts} passes one after another: {compare(row, ours)}; against "
+            f"native{at_labels}: {compare(row, strict)}."
+        )
     print(
         f"Floor: {flops / 1e9:.0f} GFLOP a step (6 x weights x tokens, logits at labels only, no recomputation), "
         f"{flops / machine * 1000:.0f} ms at the {machine / 1e9:.0f} GFLOP/s of a plain matrix product of the MLP's "

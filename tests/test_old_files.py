@@ -139,6 +139,7 @@ NEW = {
     "normalize_on_device": False,
     "overwrite_cache": False,
     "steps_from": "none",
+    "thought_sweeps": None,
     "train_weights": None,
     "without_steps": "refuse",
 }

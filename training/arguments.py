@@ -29,6 +29,11 @@ class ModelArguments:
     thought_feedback: str | None = setting(
         "How a state becomes a thought; the checkpoint's own way if not given.", default=None, choices=STATE_FEEDBACKS
     )
+    thought_sweeps: int | None = setting(
+        "Sweeps in which all thoughts are computed together; 0: one pass after another. The checkpoint's own way if "
+        "not given.",
+        default=None,
+    )
     attn_implementation: str | None = setting(
         "eager, sdpa or flash_attention_2; transformers' choice if not given.", default=None
     )

@@ -36,6 +36,8 @@ def load_model(
     kwargs = {name: getattr(model_args, name) for name in ("attn_implementation", "thought_feedback")}
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     model = MultiCoCoForConditionalGeneration.from_pretrained(name, dtype=dtype, **kwargs)
+    if model_args.thought_sweeps is not None:
+        model.config.set_trained(thought_sweeps=model_args.thought_sweeps or None)
     for freeze, module in (
         (model_args.freeze_backbone, model.model.vision_tower),
         (model_args.freeze_mlp, model.model.multi_modal_projector),
