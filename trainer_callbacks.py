@@ -98,12 +98,13 @@ class CurriculumCallback(TrainerCallback):
         has_texts = (kwargs["step_ids"] != -100).flatten(1).any(dim=1)  # (B,): only these have a part in the loss
         divisor = kwargs.get("num_items_in_batch")
         total = output.step_loss.detach() * (num_labels.sum() if divisor is None else divisor)
-        totals = torch.stack([total, (num_labels * has_texts).sum()]).double()
+        totals = torch.stack([total, (num_labels * has_texts).sum()]).to(_widest_float(total.device))
         self._totals = totals if self._totals is None else self._totals + totals
 
     def _step_loss(self, device: torch.device) -> dict[str, float]:
         """The mean step loss since the last log, of all ranks together; every rank must call it."""
-        totals = torch.zeros(2, dtype=torch.float64, device=device) if self._totals is None else self._totals
+        zeros = torch.zeros(2, dtype=_widest_float(device), device=device)
+        totals = zeros if self._totals is None else self._totals
         self._totals = None
         if world_size() > 1:
             dist.all_reduce(totals)
@@ -170,6 +171,10 @@ class CurriculumCallback(TrainerCallback):
         model.config.set_trained(**rules, stage=self.stage, num_thoughts=num_thoughts, step_loss_weight=weight)
         if hasattr(processing_class, "num_thoughts"):
             processing_class.num_thoughts = num_thoughts
+
+
+def _widest_float(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which Apple's chips do not have
 
 
 def reset_optimizer(optimizer: Any) -> None:

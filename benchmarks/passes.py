@@ -494,7 +494,36 @@ def main(args: BenchmarkArguments) -> None:
         f"{flops / machine * 1000:.0f} ms at the {machine / 1e9:.0f} GFLOP/s of a plain matrix product of the MLP's "
         "shape in this run."
     )
+    print_step_loss(args, model, batch)
     print_method(args)
+
+
+STEP_LOSS_GOALS = {10: 1.15, 30: 1.38}  # tokens of a text: of the time of a step without the step loss
+
+
+def print_step_loss(args: BenchmarkArguments, model, batch: dict) -> None:
+    """What it costs that each thought must be readable, beside the floor: the extra tokens through the weights."""
+    batch_size, num_tokens = batch["input_ids"].shape[0], batch["input_ids"].numel()
+    num_logits = int((batch["labels"][:, 1:] != IGNORED).sum())
+    generator = torch.Generator().manual_seed(1)
+    rows, floors = [Row("multicoco", make_step(model, lambda: model(**batch).loss))], [""]
+    before = forward_flops(model, num_tokens, num_logits, len(batch["pixel_values"]))
+    for length, goal in STEP_LOSS_GOALS.items():
+        shape = (batch_size, args.num_thoughts, length)
+        step_ids = torch.randint(0, model.config.start_latent_id - 2, shape, generator=generator).to(args.device)
+        step = make_step(model, lambda inputs=batch | {"step_ids": step_ids}: model(**inputs).loss)
+        rows.append(Row(f"{args.num_thoughts} groups of {length} tokens", step, "multicoco", goal))
+        # A group's last token is not fed; with one thought, `length` positions and as many logits.
+        num_extra = step_ids.numel()
+        after = forward_flops(model, num_tokens + num_extra, num_logits + num_extra, len(batch["pixel_values"]))
+        floors.append(f"{after / before:.3f}")
+    model.config.c_thought, model.config.step_loss_weight = 1, 1.0
+    measure(rows, args.repetitions, args.device)
+    model.config.step_loss_weight = 0.0
+    header = ["with the step loss", *HEADER, "floor"]
+    lines = [cells(row, rows) for row in rows]
+    print()
+    print_table(header, [line + [""] * (8 - len(line)) + [floor] for line, floor in zip(lines, floors, strict=True)])
 
 
 def compare(row: Row, other: Row) -> str:

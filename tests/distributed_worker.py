@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 
 SECONDS = 180  # a run takes some twenty; whatever takes longer hangs, and its stack is what one wants to see
@@ -26,6 +27,8 @@ from transformers.integrations import HfDeepSpeedConfig  # noqa: E402
 
 from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens  # noqa: E402
 from multicoco.compat import leave, leave_out_shm_kernel  # noqa: E402
+from multicoco.curriculum import CurriculumArguments  # noqa: E402
+from multicoco.trainer_callbacks import CurriculumCallback  # noqa: E402
 from multicoco.training import trainer  # noqa: E402
 
 
@@ -127,10 +130,13 @@ def train(strategy, folder, name, num_labels, checkpointing, results):
     batch = read_batch(folder, name, strategy.dtype)
     with training(strategy.model, checkpointing):
         strategy.wrapped.train()
-        loss = strategy.wrapped(**batch, num_items_in_batch=torch.tensor(num_labels)).loss
+        output = strategy.wrapped(**batch, num_items_in_batch=torch.tensor(num_labels))
+        loss = output.loss
         strategy.backward(loss * dist.get_world_size())  # every strategy averages over the ranks
     step = f"{name}.{'checkpointing' if checkpointing else 'plain'}"
     results[f"{step}.loss"] = loss.detach().reshape(1)
+    if "step_ids" in batch:
+        results[f"{step}.step_loss"] = output.step_loss.detach().reshape(1)
     for parameter, gradient in strategy.gradients().items():
         results[f"{step}.grad.{parameter}"] = gradient
     strategy.end_step()
@@ -143,6 +149,9 @@ def evaluate(strategy, folder, name, num_labels, results):
     output = strategy.wrapped(**batch, num_items_in_batch=torch.tensor(num_labels))
     results[f"{name}.eval.loss"] = output.loss.reshape(1)
     results[f"{name}.eval.logits"] = output.logits
+    if "step_ids" in batch:
+        results[f"{name}.eval.step_loss"] = output.step_loss.reshape(1)
+        del batch["step_ids"]
     del batch["labels"]
     for mode in (False, True):  # as others call it: the unwrapped backbone, and a head of their own
         strategy.model.train(mode)
@@ -195,11 +204,25 @@ def count(folder, plan, results):
         results[name] = torch.tensor([value], dtype=torch.float64)
 
 
+@contextlib.contextmanager
+def logged(model, results):
+    """The step loss that the callback logs of the training inside."""
+    curriculum = CurriculumArguments(c_thought=1, step_loss_weight=model.config.step_loss_weight, epochs_stage_0=0)
+    callback, logs = CurriculumCallback(curriculum), {"loss": 0.0}
+    args, state = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(epoch=0, log_history=[{}])
+    callback.on_train_begin(args, state, None, model=model)
+    yield
+    callback.on_log(args, state, None, logs=logs)
+    callback.on_train_end(args, state, None, model=model)
+    results["logged.step_loss"] = torch.tensor([logs["step_loss"]], dtype=torch.float64)
+
+
 def run(name: str, folder: Path, plan: dict) -> dict:
     strategy, results = STRATEGIES[name](folder), {}
     with widened() if strategy.dtype == torch.float64 else contextlib.nullcontext():
-        for step, num_labels in plan["steps"].items():
-            train(strategy, folder, step, num_labels, False, results)
+        with logged(strategy.model, results) if name == "ddp" else contextlib.nullcontext():
+            for step, num_labels in plan["steps"].items():
+                train(strategy, folder, step, num_labels, False, results)
         for step, num_labels in plan["steps"].items():
             evaluate(strategy, folder, step, num_labels, results)
         if name == "zero3":  # between training steps, as in a Trainer

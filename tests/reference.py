@@ -52,6 +52,17 @@ def split_rows(batch):
     return rows
 
 
+def add_texts(batch, lengths):
+    """The batch with random texts: `lengths` are those of each sample's groups, 0 where a group has none."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (len(lengths), max(map(len, lengths)), max(map(max, filter(None, lengths)), default=0))
+    step_ids = torch.full(shape, -100)
+    for sample, groups in enumerate(lengths):
+        for group, length in enumerate(groups):
+            step_ids[sample, group, :length] = torch.randint(5, 600, (length,), generator=generator)
+    return {**batch, "step_ids": step_ids}
+
+
 def reference_embeds(model, input_ids, pixel_values, edit_thoughts=None, upto=None):
     """(T, D) input embeddings of one unpadded sample with its image features and its thoughts filled in."""
     embeds = list(model.get_input_embeddings()(input_ids))

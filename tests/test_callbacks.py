@@ -1,10 +1,13 @@
 """The callbacks in the stock `Trainer`: stages, moments, saved budgets, resuming bit for bit, answers, marks."""
 
+import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from reference import reference_step_losses
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor
@@ -165,9 +168,10 @@ def test_removing_unused_columns_is_refused(run):
 def test_resuming_continues_stages_batches_and_losses_bit_for_bit(run, tmp_path, workers):
     settings = {"save_strategy": "steps", "save_steps": 3, "dataloader_num_workers": workers, "seed": 3}
     settings["dataloader_persistent_workers"] = workers > 0
-    whole, spy = run(settings=settings, mix="linear")
+    curriculum = {"mix": "linear", "draw_surplus": True, "step_loss_weight": 1.0}
+    whole, spy = run(settings=settings, **curriculum)
     for step in (12, 15):  # in the middle of stage 1, and at its end
-        again, rest = run(f"{tmp_path}/out/checkpoint-{step}", settings=settings, mix="linear")
+        again, rest = run(f"{tmp_path}/out/checkpoint-{step}", settings=settings, **curriculum)
         assert rest.batches == spy.batches[step:]
         assert rest.updates == spy.updates[step:]
         assert losses(again) == losses(whole)
@@ -195,6 +199,65 @@ def test_accumulated_gradients_are_those_of_the_large_batch(run):
     assert losses(small) == pytest.approx(losses(large), rel=1e-5)
     for (name, param), value in zip(small.model.named_parameters(), large.model.parameters(), strict=True):
         assert torch.allclose(param, value, rtol=1e-4, atol=1e-6), name
+
+
+class Noted(TrainerCallback):
+    """What the model was trained on; it also answers each batch, as an evaluation does, which is not to be logged."""
+
+    def __init__(self, model):
+        self.batches = []
+        model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, model, args, kwargs):
+        if model.training:
+            self.batches.append({name: copy.deepcopy(kwargs[name]) for name in BATCH})
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.eval()
+        with torch.no_grad():
+            model(**self.batches[0])
+            model(**self.batches[-1])
+        model.train()
+
+
+BATCH = ("input_ids", "attention_mask", "labels", "pixel_values", "num_patches_list", "step_ids")
+
+
+def test_the_log_has_the_mean_step_loss_of_the_samples_that_have_one(run, data, trails_processor):
+    """Two steps of two batches of five are an epoch and a log: one at stage 0, one at stages 0 and 1 mixed."""
+    noted = []
+    settings = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "logging_steps": 2, "max_steps": 4}
+    trainer, _ = run(
+        callbacks=lambda model, *_: noted.append(Noted(model)) or noted,
+        settings=settings | {"learning_rate": 0.0},
+        **{"mix": "linear", "epochs_stage_0": 1, "step_loss_weight": 0.3},
+    )
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["curriculum/stage"] for entry in logs] == [0, 1]
+    assert "step_loss" not in logs[0]
+    model, total, count = trainer.model.double(), 0.0, 0
+    assert model.config.step_loss_weight == 0.3
+    for batch in noted[0].batches[4:]:
+        has_texts = (batch["step_ids"] != -100).flatten(1).any(dim=1)
+        num_labels = (batch["labels"][:, 1:] != -100).sum(dim=1)
+        batch |= {"images": [(tiles,) for tiles in batch["num_patches_list"]]}
+        batch["pixel_values"] = batch["pixel_values"].double()
+        with torch.no_grad():
+            total += reference_step_losses(model, batch)[1] * num_labels.sum()
+        count += int((num_labels * has_texts).sum())
+        assert 0 < has_texts.sum()
+    assert logs[1]["step_loss"] == pytest.approx(float(total / count), rel=1e-5)
+    assert count < sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in noted[0].batches[4:])
+
+    assert not trainer.model._forward_hooks
+    val = StageDataset(data["val"], trails_processor, trainer.train_dataset.curriculum)
+    val.set_stage(2)
+    trainer.model.float()
+    result = trainer.predict(val)
+    assert "step_loss" in trainer.model(**trainer.data_collator([val[0]]))
+    assert isinstance(result.predictions, np.ndarray)  # logits alone
+    assert result.predictions.shape[::2] == (7, model.config.text_config.vocab_size)
+    assert result.metrics["test_loss"] > 0
 
 
 def answers(data, processor, asked, **settings):

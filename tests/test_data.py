@@ -17,7 +17,7 @@ from transformers import AddedToken, AutoTokenizer
 
 from multicoco import MultiCoCoProcessor
 from multicoco.configuration_multicoco import BLOCK_MODES, MODES
-from multicoco.curriculum import CurriculumArguments, compose, draw_stage
+from multicoco.curriculum import CurriculumArguments, compose, draw_stage, draw_surplus
 from multicoco.data_multicoco import ReasoningCollator, StageDataset
 from multicoco.modeling_internvl_chat import count_positions
 from multicoco.records import load_records, question_text
@@ -166,6 +166,17 @@ def test_schedule_is_a_function_of_the_epoch():
     assert CurriculumArguments(final_stage=False, max_latent_stage=2).last_stage == 2
 
 
+@pytest.mark.parametrize(("first", "stages"), [(1, [1, 1, 2, 2, 3, 3]), (2, [2, 2, 3, 3]), (3, [3, 3])])
+def test_stages_between_stage_0_and_the_first_latent_one_are_left_out(first, stages):
+    settings = dict(epochs_stage_0=1, epochs_per_stage=2, max_latent_stage=2, first_latent_stage=first)
+    curriculum = CurriculumArguments(**settings)
+    assert [curriculum.stage(epoch) for epoch in range(curriculum.num_epochs)] == [0, *stages]
+    assert curriculum.stage(curriculum.num_epochs) == 3
+    for mode in ("cot", "no_cot"):  # as many epochs, all at stage 0
+        other = CurriculumArguments(**settings, mode=mode)
+        assert [other.stage(epoch) for epoch in range(other.num_epochs)] == [0] * curriculum.num_epochs
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_all_modes_train_equally_long(mode):
     curriculum, coconut = CurriculumArguments(mode=mode), CurriculumArguments()
@@ -188,6 +199,10 @@ def test_all_modes_train_equally_long(mode):
         {"epochs_per_stage": 0},
         {"epochs_stage_0": -1},
         {"mix_prob": 1.5},
+        {"first_latent_stage": 0},
+        {"first_latent_stage": 5},  # stages are 0 to 4
+        {"step_loss_weight": -1.0},
+        {"step_loss_weight": float("nan")},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
@@ -249,6 +264,34 @@ def test_draws_depend_on_seed_epoch_and_index():
     ]
     assert rows[0] == rows[3]
     assert len({tuple(row) for row in rows}) == 3
+
+
+@pytest.mark.parametrize("final_stage", [True, False], ids=["final_stage", "no_final_stage"])
+def test_every_surplus_of_at_least_one_group_is_drawn_in_the_last_stage_alone(final_stage):
+    settings = dict(c_thought=2, max_latent_stage=5, final_stage=final_stage, without_steps="thoughts")
+    drawing, plain = CurriculumArguments(**settings, draw_surplus=True), CurriculumArguments(**settings)
+    for num_steps in range(8):
+        for stage in range(drawing.last_stage + 1):
+            most, _ = drawing.counts(num_steps, stage)
+            keys = [(7, 1, index) for index in range(150)]
+            drawn = {draw_surplus(drawing, stage, num_steps, most, key) for key in keys}
+            surplus = {2 * groups for groups in range(num_steps + 1, 6)} if stage == drawing.last_stage else set()
+            assert drawn == (surplus or {most})
+            assert draw_surplus(plain, stage, num_steps, most, keys[0]) == most
+
+
+def test_surplus_is_drawn_by_seed_epoch_and_index_alone_and_apart_from_the_stage():
+    curriculum = CurriculumArguments(draw_surplus=True, max_latent_stage=6, mix="linear", c_thought=1)
+    rows = [
+        [draw_surplus(curriculum, 7, 1, 6, (seed, epoch, index)) for index in range(300)]
+        for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
+    ]
+    assert rows[0] == rows[3]
+    assert len({tuple(row) for row in rows}) == 3
+    assert shares(rows[0])[2:] == pytest.approx([0.2] * 5, abs=0.09)
+    stages = [draw_stage(curriculum, 7, 1, (0, 0, index)) for index in range(300)]
+    pairs = {(stage, number) for stage, number in zip(stages, rows[0], strict=True) if stage == 7}
+    assert len(pairs) == 5  # of the samples at the last stage too
 
 
 # --- records -----------------------------------------------------------------------------------------------------
@@ -659,6 +702,19 @@ def test_stage_0_holds_no_thoughts_unless_mixed_uniformly(make_dataset, processo
         assert found == has_thoughts
 
 
+@pytest.mark.parametrize("mix", ["none", "linear", "uniform"])
+def test_the_length_of_a_sample_is_known_whatever_is_drawn(make_dataset, mix):
+    dataset, lengths = make_dataset(mix=mix, draw_surplus=True, step_loss_weight=1.0), set()
+    for stage in (0, 2, 4):
+        for epoch in range(6):
+            dataset.set_stage(stage, epoch)
+            found = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+            assert [dataset.length(index) for index in range(len(dataset))] == found
+            lengths.add((stage, *found))
+    assert len({row for row in lengths if row[0] == 4}) > 1
+    assert [dataset.num_thoughts(index, 4) for index in range(len(dataset))] == [6] * 5  # it is asked with all
+
+
 @pytest.mark.parametrize("options", [{}, {"c_thought": 20}], ids=["longest_at_stage_0", "longest_at_a_late_stage"])
 def test_max_length_holds_at_every_stage(make_dataset, options):
     dataset = make_dataset(**options)
@@ -722,17 +778,18 @@ def as_list(features):
 
 
 def test_workers_see_a_change_of_stage_and_draw_alike(make_dataset):
-    dataset = make_dataset(mix="linear", seed=3)
+    dataset = make_dataset(mix="linear", seed=3, draw_surplus=True, step_loss_weight=1.0)
     loaders = {
         "none": DataLoader(dataset, batch_size=2, collate_fn=as_list),
         "workers": DataLoader(dataset, batch_size=2, collate_fn=as_list, num_workers=2),
         "persistent": DataLoader(dataset, batch_size=2, collate_fn=as_list, num_workers=2, persistent_workers=True),
     }
     epochs = []
-    for stage, epoch in ((0, 0), (3, 1), (3, 2)):
+    for stage, epoch in ((0, 0), (4, 1), (4, 2)):
         dataset.set_stage(stage, epoch)
         seen = {
-            name: [feature["input_ids"] for batch in loader for feature in batch] for name, loader in loaders.items()
+            name: [(feature["input_ids"], feature["step_ids"]) for batch in loader for feature in batch]
+            for name, loader in loaders.items()
         }
         assert seen["none"] == seen["workers"] == seen["persistent"]
         epochs.append(seen["none"])

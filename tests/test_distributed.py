@@ -21,10 +21,12 @@ import pytest
 import torch
 from conftest import CHECKPOINT, model_inputs
 from reference import (
+    add_texts,
     loss_and_grads,
     reference_generate,
     reference_logits,
     reference_loss,
+    reference_step_losses,
     split_rows,
     training,
     widened,
@@ -69,6 +71,15 @@ STEPS = {
         dict(num_thoughts=(0,), images=((),)),
     ),
 }
+# The lengths of the texts that the thoughts of each rank's samples stand for; without them there is no step loss.
+TEXTS = {
+    "other_counts_and_no_image": (((2, 1, 3), (4,)), ((2,), ())),
+    "no_thought_on_one_rank": (((2, 2), (1, 0, 3)), ((),)),
+    "more_passes_where_no_image_is": (((), ()), ((1, 3), (2, 1, 1, 2))),
+    "no_label_on_one_rank": (((2,), (3,)), ((),)),
+    "no_thought_anywhere": (((), ()), ((),)),
+}
+WEIGHT = 0.7  # of the step loss
 PROMPT = (
     dict(num_thoughts=(3, 2), images=((1,), (2, 1)), text_lengths=(6, 4), answer_lengths=(0, 0), padding="left"),
     dict(num_thoughts=(0, 1, 0), images=((), (), ()), text_lengths=(2, 5, 3), answer_lengths=(0,) * 3, padding="left"),
@@ -92,6 +103,9 @@ class Workspace:
         self.batches = {
             name: [make_batch(**case, seed=rank) for rank, case in enumerate(ranks)] for name, ranks in cases.items()
         }
+        for name, ranks in TEXTS.items():
+            for rank, lengths in enumerate(ranks):
+                self.batches[name][rank] = add_texts(self.batches[name][rank], lengths)
         for name, ranks in self.batches.items():
             for rank, batch in enumerate(ranks):
                 tensors = {key: torch.as_tensor(value) for key, value in model_inputs(batch).items()}
@@ -116,7 +130,20 @@ class Workspace:
         """The loss of one process that holds the data of both ranks."""
         counts = self.num_labels(name)
         pairs = zip(counts, self.batches[name], strict=True)
-        return sum(count * reference_loss(self.model, batch) for count, batch in pairs if count) / sum(counts)
+        return sum(count * self._loss(batch) for count, batch in pairs if count) / sum(counts)
+
+    def _loss(self, batch):
+        return (
+            reference_step_losses(self.model, batch)[0] if "step_ids" in batch else reference_loss(self.model, batch)
+        )
+
+    def step_loss(self, name):
+        """The part of it that is of texts."""
+        counts = self.num_labels(name)
+        pairs = zip(counts, self.batches[name], strict=True)
+        return sum(count * reference_step_losses(self.model, batch)[1] for count, batch in pairs if count) / sum(
+            counts
+        )
 
     def run(self, strategy) -> list[dict]:
         """What each rank has written; the processes run when a strategy is first asked for."""
@@ -154,7 +181,9 @@ def launch(folder, strategies) -> str | None:
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, shared_model, make_batch):
     folder = tmp_path_factory.mktemp("distributed")
-    copy.deepcopy(shared_model).float().save_pretrained(folder / "model")  # weights that float32 holds exactly
+    rounded = copy.deepcopy(shared_model).float()
+    rounded.config.c_thought, rounded.config.step_loss_weight = 1, WEIGHT
+    rounded.save_pretrained(folder / "model")  # weights that float32 holds exactly
     model = MultiCoCoForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float64)
     return Workspace(folder, model.eval(), make_batch)
 
@@ -210,6 +239,25 @@ def test_rank_without_labels_has_a_loss_of_zero(workspace, strategy, checkpointi
     losses = [rank[f"no_label_on_one_rank.{checkpointing}.loss"] for rank in workspace.run(strategy)]
     assert losses[0] > 0
     assert losses[1] == 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_step_losses_of_ranks_add_up_to_that_of_one_process(workspace, strategy):
+    """Also where one rank has no text or no rank has any; and it is logged as the mean over samples with texts."""
+    ranks = workspace.run(strategy)
+    total = num_labels = 0
+    for name in TEXTS:
+        with torch.no_grad(), widened():
+            wanted = torch.as_tensor(workspace.step_loss(name), dtype=torch.float64)
+        for way in ("plain", "checkpointing", "eval"):
+            assert_close(sum(rank[f"{name}.{way}.step_loss"] for rank in ranks), wanted[None], strategy, name)
+        total += wanted * sum(workspace.num_labels(name))
+        for batch in workspace.batches[name]:
+            has_texts = (batch["step_ids"] != -100).flatten(1).any(dim=1)
+            num_labels += int((batch["labels"][has_texts, 1:] != -100).sum())
+    if strategy == "ddp":
+        for rank in ranks:
+            torch.testing.assert_close(rank["logged.step_loss"], total[None] / num_labels, atol=1e-11, rtol=0)
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import model_inputs
 from reference import (
+    add_texts,
     assert_same_grads,
     loss_and_grads,
     reference_continuation,
@@ -24,17 +25,6 @@ from multicoco.records import load_records
 
 
 WEIGHT = 0.7
-
-
-def add_texts(batch, lengths):
-    """The batch with random texts: `lengths` are those of each sample's groups, 0 where a group has none."""
-    generator = torch.Generator().manual_seed(3)
-    shape = (len(lengths), max(map(len, lengths)), max(map(max, filter(None, lengths)), default=0))
-    step_ids = torch.full(shape, -100)
-    for sample, groups in enumerate(lengths):
-        for group, length in enumerate(groups):
-            step_ids[sample, group, :length] = torch.randint(5, 600, (length,), generator=generator)
-    return {**batch, "step_ids": step_ids}
 
 
 def prepare(model, c_thought, feedback="identity"):

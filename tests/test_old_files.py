@@ -135,9 +135,12 @@ def old(tmp_path, monkeypatch):
 NEW = {
     "dataset_num_proc": None,
     "draft_jpeg": None,
+    "draw_surplus": False,
+    "first_latent_stage": 1,
     "image_folder": None,
     "normalize_on_device": False,
     "overwrite_cache": False,
+    "step_loss_weight": 0.0,
     "steps_from": "none",
     "thought_sweeps": None,
     "train_weights": None,
@@ -302,7 +305,10 @@ def load(name):
 
 def test_a_checkpoint_gives_the_same_logits(old):
     expected = load_file("logits.safetensors")["checkpoint"]
-    torch.testing.assert_close(logits_of(load("trails")), expected, atol=FLOAT32_INSIDE, rtol=0)
+    model = load("trails")
+    torch.testing.assert_close(logits_of(model), expected, atol=FLOAT32_INSIDE, rtol=0)
+    assert "step_loss_weight" not in read("trails/config.json")
+    assert model.config.step_loss_weight == 0.0  # nothing of it was trained to be read
 
 
 def test_adapters_give_the_same_logits_added_or_merged(old):
