@@ -427,9 +427,9 @@ def readings_section(report: Mapping[str, Any], pictures: Sequence[str | None]) 
     whole += f"; of the control's {percent(control['all']['rate'])}" if control else ""
     parts = [
         "<p class=soft>Each group of thoughts is given alone to the same language model, which was trained to write "
-        "the step that the group replaced, or behind the last step the answer. Of the control the states that thoughts "
-        "would have been are read: they were trained in the same way, and nothing of them is handed on. So this shows "
-        "what can be read, not what is used.</p>",
+        "the step that the group replaced, or behind the last step the answer. Of a control with constant thoughts "
+        "the states that thoughts would have been are read: they were trained in the same way, and nothing of them is "
+        "handed on. So this shows what can be read, not what is used.</p>",
         f"<p>{whole}.</p>",
         table(head, rows),
     ]

@@ -184,7 +184,7 @@ class Subject:
 
     @functools.cached_property
     def longest_text(self) -> int:
-        """Tokens that a group of thoughts may read as: those of the longest step or answer of the data, at least 64."""
+        """Tokens that a group may read as at most: those of the longest step or answer of the data, at least 64."""
         lengths = (
             max(shape.answer, *(step + 1 for steps in shape.rationales for step in [0, *steps]))  # 1: end of turn
             for shape in self.dataset.shapes()
