@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from multicoco.evaluation.subject import AskArguments, Subject
 from multicoco.recipes.trails.prepare import prepare
 from multicoco.recipes.trails.start_model import make_model, make_processor
 from multicoco.records import load_records
+from multicoco.training.card import make_card
 
 
 NUM_RECORDS, NUM_THOUGHTS = 10, 4
@@ -139,7 +141,7 @@ def test_score_stores_what_is_read_and_counts_what_is_right(folder, tmp_path):
     data, out = folder / "trails" / "train.jsonl", tmp_path / "out"
     words = ["--model", *names, "--data", str(data), "--output_dir", str(out)]
     words += ["--batch_size", "4", "--max_new_tokens", "2", "--num_thoughts", "0", str(NUM_THOUGHTS)]
-    (tmp_path / "rules.py").write_text("def same_step(text, step):\n    return len(text) % 2 == len(step) % 3\n")
+    (tmp_path / "rules.py").write_text("def same_step(text, step):\n    return len(text) % 2 == 0\n")
     rows = score.main([*words, "--same_step", f"{tmp_path / 'rules.py'}:same_step"])
     assert ["reads" in row for row in rows] == [False, True, False, True]
     records = load_records(data)
@@ -150,7 +152,7 @@ def test_score_stores_what_is_read_and_counts_what_is_right(folder, tmp_path):
         subject.load()
         assert [line["thoughts"] for line in lines] == [subject.read([n], NUM_THOUGHTS)[0] for n in range(NUM_RECORDS)]
         rights = [
-            len(text) % 2 == len(record["steps"][group]) % 3
+            len(text) % 2 == 0
             if group < len(record["steps"])
             else text.rsplit("### ", 1)[-1].strip() == record["answer"]
             for record, line in zip(records, lines, strict=True)
@@ -226,8 +228,9 @@ def test_an_edit_feeds_the_mean_at_the_places_of_its_group_and_nowhere_else(fold
         subject.load()
         states = [plain_states(subject, row)[1] for row in range(NUM_RECORDS)]
         texts = [[plain_text(subject, group, 5) for group in each.split(2)] for each in states]
-        known = {text for read in texts for text in read}
-        found = diagnosis.edit_readings(donors, texts, lambda text, step: text == step or step not in known)
+        kind = lambda text: sum(text.encode()) % 3  # noqa: E731
+        diagnosis.folder.mkdir(parents=True)  # as `run` leaves it
+        found = diagnosis.edit_readings(donors, texts, lambda text, step: kind(text) == kind(step))
         assert set(found) == {0, 1}
         for group, lines in found.items():
             has_step = [row for row in range(NUM_RECORDS) if group < len(subject.records[row]["steps"])]
@@ -237,7 +240,8 @@ def test_an_edit_feeds_the_mean_at_the_places_of_its_group_and_nowhere_else(fold
                 assert row in has_step
                 members = [one for one in has_step if texts[one][group] == line["step"]]
                 mean = torch.stack([states[one][2 * group : 2 * group + 2] for one in members]).mean(dim=0)
-                assert line["step"] != texts[row][group]
+                own = texts[row][group], subject.records[row]["steps"][group]
+                assert kind(line["step"]) not in map(kind, own)
 
                 def edit(thought, index, mean=mean, group=group):
                     return mean[index - 2 * group][None] if index // 2 == group else thought
@@ -249,7 +253,7 @@ def test_an_edit_feeds_the_mean_at_the_places_of_its_group_and_nowhere_else(fold
 
 def test_edits_are_followed_where_the_edited_thought_is_read_and_only_there(folder, tmp_path, monkeypatch):
     """The planted model answers the colour that its second thought says, whatever the others say."""
-    monkeypatch.setattr(editing, "FEWEST_MEMBERS", 2)
+    monkeypatch.setattr(editing, "FEWEST_MEMBERS", 1)
     rules = [f"--{name}={folder / 'rules.py'}:{name}" for name in ("same_step", "follow")]
     data = folder / "trails" / "cells.jsonl"
     words = flags(folder, "reads-1", tmp_path / "out", *rules, "--edits_from", data, "--num_read", 3)
@@ -275,6 +279,15 @@ def test_edits_are_followed_where_the_edited_thought_is_read_and_only_there(fold
     assert page.count("<th>the control's reads</th>") == len(readings["samples"]) == 3
     assert report["thoughts"]["verdict"] == "used"
 
+    few = json.loads(next((tmp_path / "out").rglob("edit-means-*.json")).read_text())["result"]["counts"]
+    assert [sum(counts) for counts in few] == [30, 20, 10]
+    monkeypatch.setattr(editing, "FEWEST_MEMBERS", 4)
+    subject = subject_of(folder, "reads-1", "cells")
+    subject.load()
+    found = editing.mean_thoughts(subject, 3, 7)
+    assert found.counts == [[count for count in counts if count >= 4] for counts in few]
+    assert [len(texts) for texts in found.texts] == [len(means) for means in found.means] != [0, 0, 0]
+
     (kept,) = (tmp_path / "out" / "experiments").glob("reads-1-*")
     lines = (kept / "edit-1.jsonl").read_bytes().splitlines(keepends=True)
     (kept / "edit-1.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:9])  # killed in the middle of a line
@@ -293,7 +306,7 @@ def test_edits_are_followed_where_the_edited_thought_is_read_and_only_there(fold
 def test_edits_draw_another_step_and_count_where_the_answers_differ():
     records = [{"steps": ["a", "b"], "answer": "x"}, {"steps": ["c"], "answer": "y"}, {"steps": ["a"], "answer": "z"}]
     same = load_same_step(None)
-    assert draw_edits(records, [["a"]] * 3, ["a", "b"], 1, same, 0).keys() == {0}  # the only one with two steps
+    assert draw_edits(records, [["c", "c"]] * 3, ["a", "b"], 1, same, 0) == {0: 0}  # the only one with two steps
     drawn = draw_edits(records, [["a"], ["b"], ["a"]], ["a", "b", "c"], 0, same, 0)
     assert drawn[1] == 0  # neither its step nor what it reads as
     assert drawn[0] != 0
@@ -318,6 +331,17 @@ def test_edits_draw_another_step_and_count_where_the_answers_differ():
     }
     none = edit_table(records, {0: lines}, ["x", "y", "z"], lambda *_: None, same)["all"]
     assert none["followed"]["samples"] == 0
+
+
+def test_the_card_says_how_often_thoughts_read_right(folder, tmp_path):
+    shutil.copy(folder / "feeds" / "config.json", tmp_path)
+    row = {"model": str(tmp_path), "mode": "coconut", "num_thoughts": 4, "samples": 9, "new_tokens": 1.0}
+    row |= {"accuracy": 0.5, "low": 0.3, "high": 0.7}
+    for reads in ({}, {"reads": 0.875, "reads_low": 0.5, "reads_high": 0.9375, "reads_samples": 9}):
+        (tmp_path / "scores.json").write_text(json.dumps({"scores": [row | reads], "settings": {}}))
+        card = make_card(tmp_path).content
+        assert ("87.5% of the groups of thoughts read as their step" in card) == bool(reads)
+        assert "Thoughts were trained to be readable" in card
 
 
 def test_functions_come_from_files(folder):
