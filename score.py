@@ -20,6 +20,7 @@ from multicoco.compat import leave
 from multicoco.curriculum import check_settings, setting
 from multicoco.evaluation.metric import check_records, load_metric
 from multicoco.evaluation.predictions import predict, read_submission, write_submission
+from multicoco.evaluation.readings import load_same_step, share
 from multicoco.evaluation.scores import compare, pair_numbers, score_table, summarise, write_scores
 from multicoco.evaluation.settings import choose_device, parse_settings
 from multicoco.evaluation.subject import CHOICES_BY, AskArguments, Subject
@@ -87,6 +88,7 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
     numbers = {subject.name: subject.numbers_of_thoughts(arguments.num_thoughts) for subject in subjects}
     is_scored = state.is_main_process and not arguments.predict_only
     metric = load_metric(arguments.metric, try_on=records[0]) if is_scored else None
+    same_step = load_same_step(arguments.same_step)
 
     rows, scores = {}, {}
     for subject in subjects:
@@ -96,7 +98,8 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 both = zip(records, predictions, strict=True)
                 key = subject.name, num_thoughts
                 scores[key] = [metric(record, line["prediction"]) for record, line in both] if metric else []
-                rows[key] = summarise(subject.name, subject.config, num_thoughts, predictions, scores[key])
+                reads = share(records, [line.get("thoughts") for line in predictions], same_step)
+                rows[key] = summarise(subject.name, subject.config, num_thoughts, predictions, scores[key], reads)
                 if arguments.predictions_to:
                     write_submission(records, predictions, arguments.predictions_to)
         subject.model = None  # makes room for the next

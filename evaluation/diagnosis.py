@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from .edits import FEWEST_MEMBERS, MeanThoughts, feed_group, mean_thoughts
 from .experiments import FORMAT, Experiment, Results, plan
 from .measurements import Measurements, first_tokens, measure_attention, measure_geometry, read_lens, texts_of
 from .predictions import describe, read_predictions
+from .readings import SameStep, draw_edits, steps_among
 from .subject import Subject
 
 
@@ -75,6 +77,7 @@ class Diagnosis:
         if not count:
             return None
         lens = self._kept("lens", lambda: read_lens(subject, count, size))
+        readings = self._kept("readings", lambda: self._read(results)) if subject.can_read(count) else None
         geometry = self._kept("geometry", lambda: measure_geometry(subject, results.thoughts["intact"], size))
         attention = []
         if self.second:
@@ -91,7 +94,89 @@ class Diagnosis:
             geometry=geometry,
             attention=attention[:num_attention],
             drawn=attention[:num_drawn],
+            readings=readings,
         )
+
+    def edit_readings(
+        self, donors: Subject, readings: Sequence[Sequence[str]], same_step: SameStep
+    ) -> dict[int, list[dict[str, Any]]]:
+        """
+        The read-edit experiment: each group that replaces a step is made to read as another one, inside the loop.
+
+        Args:
+            donors ([`Subject`]): The same checkpoint and the records that means are taken over.
+            readings (`list[list[str]]`): From [`~Diagnosis.measure`].
+
+        Returns:
+            `dict[int, list[dict]]`: by group the lines of the records that were edited, as
+            [`~readings.edit_table`] takes them.
+        """
+        subject, records = self.subject, self.subject.records
+        means, found = self._means(donors), {}
+        for group, texts in enumerate(means.texts):
+            if all(group >= len(record["steps"]) for record in records):
+                continue
+            said = steps_among(texts, donors.records, group, same_step)
+            drawn = draw_edits(records, readings, [texts[number] for number in said], group, same_step, self.seed)
+            chosen = {row: said[number] for row, number in drawn.items()}
+            found[group] = self._ask_edited(subject, group, chosen, means)
+        return found
+
+    def _ask_edited(
+        self, subject: Subject, group: int, chosen: dict[int, int], means: MeanThoughts
+    ) -> list[dict[str, Any]]:
+        """The lines of one group: those of an earlier run, and the rest asked now."""
+        count = self.num_thoughts or 0
+        path, texts, vectors = self.folder / f"edit-{group}.jsonl", means.texts[group], means.means[group]
+        content = json.dumps([texts, sorted(chosen.items())]).encode() + vectors.contiguous().numpy().tobytes()
+        header = {**self.settings, "edit": {"group": group, "digest": hashlib.sha256(content).hexdigest()}}
+        done = read_predictions(path, header)
+        todo = [row for row in chosen if row not in done]
+        for start in tqdm(range(0, len(todo), self.batch_size), desc=f"edit-{group}", disable=not todo):
+            rows = todo[start : start + self.batch_size]
+            subject.load()
+            batch = subject.inputs(rows, count, subject.encode(rows))
+            batch["edit_thoughts"] = feed_group(vectors, [chosen[row] for row in rows], group)
+            answers, thoughts = subject.write(batch, return_thoughts=True)
+            read = subject.read(rows, count, thoughts)
+            lines = [
+                {"index": row, "step": texts[chosen[row]], **answer, "thoughts": said}
+                for row, answer, said in zip(rows, answers, read, strict=True)
+            ]
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+            done.update({line["index"]: line for line in lines})
+        return [done[row] for row in chosen]
+
+    def _means(self, donors: Subject) -> MeanThoughts:
+        """Those of `donors`, or of an earlier run over the same records."""
+        count = self.num_thoughts or 0
+        settings = {"donors": describe(donors, count), "fewest_members": FEWEST_MEMBERS}
+        name = f"edit-means-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
+        path = self.folder / f"{name}.safetensors"
+
+        def compute() -> dict[str, Any]:
+            donors.model = self.subject.model
+            found = mean_thoughts(donors, count, self.batch_size)
+            donors.model = None
+            save_file({str(group): means for group, means in enumerate(found.means)}, path.with_suffix(".partial"))
+            os.replace(path.with_suffix(".partial"), path)
+            return {"texts": found.texts, "counts": found.counts}
+
+        if not path.is_file():  # killed between the two files, or one was deleted
+            path.with_suffix(".json").unlink(missing_ok=True)
+        kept = self._kept(name, compute, **settings)
+        means = load_file(path)
+        return MeanThoughts(kept["texts"], kept["counts"], [means[str(group)] for group in range(len(means))])
+
+    def _read(self, results: Results) -> list[list[str]]:
+        """What each group of thoughts reads as, of each record in the intact run."""
+        subject, count, found = self.subject, self.num_thoughts or 0, []
+        for start in range(0, len(results.records), self.batch_size):
+            rows = list(range(start, min(start + self.batch_size, len(results.records))))
+            fed = results.thoughts["intact"][rows] if subject.feeds_states else None
+            found += subject.read(rows, count, fed)
+        return found
 
     def _run(self, experiments: Sequence[Experiment], results: Results) -> None:
         count = len(results.records)

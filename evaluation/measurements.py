@@ -27,6 +27,8 @@ class Measurements:
         steps (`list[list[int]]`): From [`first_tokens`].
         geometry (`dict`): From [`measure_geometry`].
         attention, drawn (`list[dict]`): From [`measure_attention`], to average and to draw; empty for a control.
+        readings (`list[list[str]]`, *optional*): What each group of each record's thoughts reads as, in the intact
+            run; `None` where they were not trained to be read.
     """
 
     lens: list[list[list[int]]]
@@ -35,6 +37,7 @@ class Measurements:
     geometry: Mapping[str, Any]
     attention: Sequence[Mapping[str, Any]]
     drawn: Sequence[Mapping[str, Any]]
+    readings: list[list[str]] | None = None
 
 
 def read_lens(subject: Subject, num_thoughts: int, batch_size: int, top: int = 5) -> list[list[list[int]]]:

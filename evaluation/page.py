@@ -161,9 +161,7 @@ def draw_attention(
     for row, (record, sample) in enumerate(zip(records, samples, strict=False)):
         if not sample["picture"]:
             continue
-        image = record["images"][0]
-        image = open_image(image.open() if isinstance(image, DatasetImage) else image, row, 0)
-        image = image.resize((112, max(1, round(112 * image.height / image.width))), Image.Resampling.NEAREST)
+        image = _small(record, row)
         weights = np.array(sample["picture"])  # (queries, P)
         weights /= weights.max()
         side = math.isqrt(weights.shape[1])
@@ -175,6 +173,19 @@ def draw_attention(
             pictures.append(_data_uri(Image.composite(image, dark, mask)))
         drawn.append((record["question"], pictures))
     return drawn
+
+
+def draw_pictures(records: Sequence[Mapping[str, Any]], count: int) -> list[str | None]:
+    """The first picture of each of the first records as a data URI; `None` of one without."""
+    first = records[: min(count, len(records))]
+    return [_data_uri(_small(record, row)) if record["images"] else None for row, record in enumerate(first)]
+
+
+def _small(record: Mapping[str, Any], row: int) -> Image.Image:
+    """The first picture of a record, 112 pixels wide."""
+    image = record["images"][0]
+    image = open_image(image.open() if isinstance(image, DatasetImage) else image, row, 0)
+    return image.resize((112, max(1, round(112 * image.height / image.width))), Image.Resampling.NEAREST)
 
 
 def _data_uri(image: Image.Image) -> str:
@@ -392,6 +403,95 @@ def lens_section(report: Mapping[str, Any]) -> str:
     )
 
 
+def interval(found: Mapping[str, Any]) -> str:
+    """The interval of a share."""
+    return "-" if found["rate"] is None else f"{percent(found['low'])} - {percent(found['high'])}"
+
+
+def readings_section(report: Mapping[str, Any], pictures: Sequence[str | None]) -> str:
+    """What each group of thoughts reads as, over all records and in some."""
+    found = report["readings"]
+    control = found.get("control")
+    head = ["group", "reads right", "95 %", "as its step", "records", "as the answer", "records"]
+    head += ["the control's", "95 %"] if control else []
+    rows = []
+    for group, row in enumerate(found["groups"]):
+        cells = [str(group + 1), heat(row["all"]["rate"]), interval(row["all"])]
+        for kind in ("step", "answer"):
+            cells += [percent(row[kind]["rate"]), str(row[kind]["samples"])]
+        if control and group < len(control["groups"]):
+            other = control["groups"][group]["all"]
+            cells += [heat(other["rate"]), interval(other)]
+        rows.append(cells + [""] * (len(head) - len(cells)))
+    whole = f"{percent(found['all']['rate'])} of a record's groups read as what they stand for"
+    whole += f"; of the control's {percent(control['all']['rate'])}" if control else ""
+    parts = [
+        "<p class=soft>Each group of thoughts is given alone to the same language model, which was trained to write "
+        "the step that the group replaced, or behind the last step the answer. Of a control with constant thoughts "
+        "the states that thoughts would have been are read: they were trained in the same way, and nothing of them is "
+        "handed on. So this shows what can be read, not what is used.</p>",
+        f"<p>{whole}.</p>",
+        table(head, rows),
+    ]
+    for sample, picture in zip(found["samples"], pictures, strict=True):
+        figure = f'<figure><img src="{picture}" alt="picture"></figure>' if picture else ""
+        body = [
+            [
+                str(group + 1),
+                f"<td class='text said'>{text(' | '.join(row['stands_for']) or '?')}</td>",
+                reading_cell(row),
+                *([reading_cell(row["control"])] if "control" in row else []),
+            ]
+            for group, row in enumerate(sample["groups"])
+        ]
+        head = ["group", "stands for", "reads", *(["the control's reads"] if control else [])]
+        body = [row + [""] * (len(head) - len(row)) for row in body]
+        parts.append(
+            f"<p class=said>{text(sample['question'])}</p><div class=pictures>{figure}{table(head, body)}</div>"
+        )
+    return section("What the thoughts say", *parts)
+
+
+def reading_cell(row: Mapping[str, Any]) -> str:
+    """A text that was read, marked where it is right; unmarked where the record does not say."""
+    kind, mark = {True: ("used", "✓ "), False: ("unshown", "✗ "), None: ("", "")}[row["right"]]
+    return f"<td class='text said {kind}'>{mark}{text(row['reads'])}</td>"
+
+
+def edits_section(report: Mapping[str, Any]) -> str:
+    """Whether answers follow a group that was made to read as another step."""
+    found = report["edits"]
+    rows = []
+    for label, row in [*((str(row["group"] + 1), row) for row in found["groups"]), ("all", found["all"])]:
+        cells = [label, str(row["followed"]["samples"])]
+        cells += [percent(row["followed"]["rate"]), interval(row["followed"]), percent(row["stayed"]["rate"])]
+        apart = row["followed_where_they_differ"]
+        cells += [str(apart["samples"]), heat(apart["rate"]), interval(apart)]
+        cells += [percent(row[name]["rate"]) for name in ("stayed_where_they_differ", "reads_as_edit", "next_reads")]
+        rows.append(cells)
+    head = ("group", "records", "followed", "95 %", "stayed", "where the two differ", "followed", "95 %", "stayed")
+    return section(
+        "A thought made to say another step",
+        "<p class=soft>The thoughts of one group are replaced, inside the loop, by the mean of the thoughts that read "
+        "as another step on other records. Followed: the answer is what the recipe's rule derives from that step on "
+        "the record's own picture. Stayed: it is the untouched run's. The two may be the same answer, so the records "
+        "where they differ are counted by themselves. It is shown, and no part of the verdict.</p>",
+        f"<p>{edit_sentence(found['all'])}</p>",
+        table((*head, "the group reads as its edit", "the next as what follows"), rows),
+    )
+
+
+def edit_sentence(found: Mapping[str, Any]) -> str:
+    """The read-edit experiment in one sentence."""
+    apart, stayed = found["followed_where_they_differ"], found["stayed_where_they_differ"]
+    if not apart["samples"]:
+        return "A group made to read as another step: no record where that asks for another answer."
+    return (
+        f"A group made to read as another step: the answer follows in {percent(apart['rate'])} of "
+        f"{apart['samples']} cases in which it had to change, and stays in {percent(stayed['rate'])}."
+    )
+
+
 def geometry_section(report: Mapping[str, Any]) -> str:
     """Norms, cosines, spread and rank of thoughts."""
     parts = []
@@ -458,8 +558,18 @@ def example_section(report: Mapping[str, Any]) -> str:
     return section("Samples", *parts)
 
 
-def page(report: Mapping[str, Any], pictures: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """The whole report as one HTML page that asks nothing of a network."""
+def page(
+    report: Mapping[str, Any],
+    pictures: Sequence[tuple[str, Sequence[str]]],
+    pictures_read: Sequence[str | None] = (),
+) -> str:
+    """
+    The whole report as one HTML page that asks nothing of a network.
+
+    Args:
+        pictures: From [`draw_attention`].
+        pictures_read: From [`draw_pictures`], of the samples whose thoughts were read.
+    """
     model = report["model"]
     parts = [verdict_section(report)]
     if any(name.startswith("budget-") for name in report["experiments"]):
@@ -468,6 +578,10 @@ def page(report: Mapping[str, Any], pictures: Sequence[tuple[str, Sequence[str]]
         parts += [damage_section(report), swap_section(report)]
     if "picture" in report:
         parts.append(picture_section(report))
+    if "readings" in report:
+        parts.append(readings_section(report, pictures_read))
+    if "edits" in report:
+        parts.append(edits_section(report))
     if "thoughts" in report:
         parts += [bottleneck_section(report), lens_section(report), geometry_section(report)]
         parts.append(attention_section(report, pictures))
@@ -501,4 +615,10 @@ def report_table(report: Mapping[str, Any]) -> str:
             donor, decoy = percent(row["donor"]["rate"]), percent(row["decoy"]["rate"])
             beside = f"{WITHOUT_DONOR[name]}: {decoy}"
             lines.append(f"Under {FOLLOWING[name]}, the answer is the donor's in {donor} ({beside}).")
+    if read := report.get("readings"):
+        beside = f" (the control's: {percent(read['control']['all']['rate'])})" if "control" in read else ""
+        share = percent(read["all"]["rate"])
+        lines.append(f"Groups of thoughts that read as their step, or as the answer: {share}{beside}.")
+    if edits := report.get("edits"):
+        lines.append(edit_sentence(edits["all"]))
     return "\n".join(lines)

@@ -95,7 +95,8 @@ def predict(
     batch_size: int,
 ) -> list[dict[str, Any]]:
     """
-    The prediction of each record, in order; complete on the main process, which alone reads the file.
+    The prediction of each record, in order; complete on the main process, which alone reads the file. Where thoughts
+    can be read, `thoughts` is what each group of them reads as.
 
     All ranks share what is not in the file yet and ask equally often; surplus places repeat a record, uncounted.
     """
@@ -116,8 +117,11 @@ def predict(
         places = [place * world + state.process_index for place in range(start, min(start + batch_size, share))]
         indices = [todo[place % len(todo)] for place in places]
         began = time.perf_counter()
-        answers = subject.answer(indices, num_thoughts)
+        answers, thoughts = subject.ask(indices, num_thoughts)
         seconds = (time.perf_counter() - began) / len(indices)
+        if num_thoughts is not None and subject.can_read(num_thoughts):  # not while the clock runs
+            texts = subject.read(indices, num_thoughts, thoughts)
+            answers = [{**answer, "thoughts": read} for answer, read in zip(answers, texts, strict=True)]
         lines = gather_object(
             [
                 {"index": index, "id": records[index]["id"], **answer, "seconds": seconds}

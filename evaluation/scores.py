@@ -19,8 +19,9 @@ def summarise(
     num_thoughts: int | None,
     predictions: Sequence[Mapping[str, Any]],
     scores: Sequence[float | None],
+    reads: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One row of the table; `scores` is empty where none were asked for."""
+    """One row of the table; `scores` is empty where none were asked for. `reads` is from [`~readings.share`]."""
     count = len(predictions)
     row = {
         "model": model,
@@ -35,6 +36,9 @@ def summarise(
     if counted:
         low, high = mean_score_interval(counted)
         row |= {"scored": len(counted), "accuracy": sum(counted) / len(counted), "low": low, "high": high}
+    if reads and reads["samples"]:
+        row["reads"] = reads["rate"]
+        row |= {f"reads_{name}": reads[name] for name in ("low", "high", "samples")}
     return row
 
 
@@ -80,9 +84,10 @@ def compare(
 def score_table(rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]) -> str:
     """The tables in the terminal."""
     width = max(len("model"), *(len(row["model"]) for row in rows)) + 2
+    has_readings = any("reads" in row for row in rows)
     lines = [
         f"{'model':{width}}{'mode':13}{'thoughts':>8}  {'accuracy':>8}  {'95 % interval':>16}  {'new tokens':>10}  "
-        f"{'s/sample':>8}  {'samples':>7}"
+        f"{'s/sample':>8}  {'samples':>7}" + (f"  {'reads':>6}  {'95 % interval':>17}" if has_readings else "")
     ]
     for row in rows:
         accuracy, interval = "-", "-"
@@ -91,8 +96,13 @@ def score_table(rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping
         lines.append(
             f"{row['model']:{width}}{row['mode']:13}{_number(row['num_thoughts']):>8}  {accuracy:>8}  {interval:>16}  "
             f"{row['new_tokens']:>10.1f}  {row['seconds_per_sample']:>8.3f}  {row.get('scored', row['samples']):>7}"
+            f"{_readings(row)}"
         )
     lines.append("s/sample: wall time of a batch over its samples, on one rank, pictures and prompts included.")
+    if has_readings:
+        lines.append(
+            "reads: share of groups of thoughts that read as their step, or behind the last one as the answer."
+        )
     for row in comparisons:
         test = f", McNemar's exact p = {row['mcnemar_p']:.3g}" if "mcnemar_p" in row else ""
         test += f" (only one right: {row['only_model']}, {row['only_other']})" if test else ""
@@ -100,6 +110,12 @@ def score_table(rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping
         names += f"{row['other']} ({_number(row['other_num_thoughts'])})"
         lines.append(f"{names}: {row['difference']:+.1%}, 95 % interval {row['low']:+.1%} to {row['high']:+.1%}{test}")
     return "\n".join(lines)
+
+
+def _readings(row: Mapping[str, Any]) -> str:
+    if "reads" not in row:
+        return ""
+    return f"  {row['reads']:>6.1%}  {row['reads_low']:>7.1%} - {row['reads_high']:>6.1%}"
 
 
 def _number(num_thoughts: int | None) -> str:
@@ -152,7 +168,7 @@ def write_scores(
     report = {"settings": settings, "scores": rows, "comparisons": comparisons}
     (folder / "scores.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     with open(folder / "scores.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
     if is_scored:

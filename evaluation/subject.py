@@ -3,6 +3,7 @@
 What is asked are the records of [`StageDataset`]; who asks gives their indices and a number of thoughts.
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..configuration_multicoco import MultiCoCoConfig
+from ..configuration_multicoco import STATE_FEEDBACKS, MultiCoCoConfig
 from ..curriculum import CurriculumArguments, check_settings, final_answer, setting
 from ..data_multicoco import ReasoningCollator, StageDataset
 from ..modeling_multicoco import MultiCoCoForConditionalGeneration
 from ..records import Records, RecordSet, load_records
+from .readings import check_function
 from .settings import RecordArguments
 
 
@@ -34,6 +36,11 @@ class AskArguments(RecordArguments):
         "metrics/answer_accuracy.py:numeric_match.",
         default="exact",
     )
+    same_step: str | None = setting(
+        "FILE:FUNCTION, (text, step) -> bool: whether what a group of thoughts reads as says what its step says, as "
+        "recipes/trails/prepare.py:same_step. If not given, whether the two are equal letter by letter.",
+        default=None,
+    )
     max_new_tokens: int | None = setting(
         "Longest answer in tokens; the data's longest steps and answer if not given.", default=None
     )
@@ -49,6 +56,7 @@ class AskArguments(RecordArguments):
                 f"`--metric` is {self.metric!r}, expected 'exact' or FILE:RESULT with an existing file, as "
                 "metrics/answer_accuracy.py:numeric_match. Correct the path, or name the result."
             )
+        check_function(self.same_step, "same_step")
 
     def read_data(self, *, needs_answer: bool = True) -> Records:
         """The records of `--data`, with or without written steps."""
@@ -115,6 +123,16 @@ class Subject:
         own = self.config.num_thoughts
         return [own] if own is None or not asked else list(dict.fromkeys(asked))
 
+    @property
+    def feeds_states(self) -> bool:
+        """Whether thoughts are states of the model, and not the constants of a control."""
+        return self.config.thought_feedback in STATE_FEEDBACKS
+
+    def can_read(self, num_thoughts: int | None) -> bool:
+        """Whether so many thoughts can be read: it was trained for that, there is a group, and answers are written."""
+        is_trained = self.config.step_loss_weight > 0 and self.choices_by == "generation"
+        return is_trained and (num_thoughts or 0) >= self.config.c_thought
+
     def load(self) -> None:
         """Loads the model, if it is not there yet."""
         if self.model is not None:
@@ -125,9 +143,53 @@ class Subject:
 
     def answer(self, indices: Sequence[int], num_thoughts: int | None) -> list[dict[str, Any]]:
         """Asks the records of these indices; one dictionary each with `prediction` and `new_tokens`, and more."""
-        ask = self._choose if self.choices_by == "likelihood" else self._generate
+        return self.ask(indices, num_thoughts)[0]
+
+    def ask(
+        self, indices: Sequence[int], num_thoughts: int | None
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
+        """
+        As [`~Subject.answer`], and on the host the thoughts `(rows, n, D)` that were fed, if they can be read. `None`
+        for a control too: what it feeds are constants, [`~Subject.states`] are not.
+        """
+        if self.choices_by == "likelihood":
+            with torch.no_grad():
+                return self._choose(indices, num_thoughts), None
+        return self.write(
+            self._whole_inputs(indices, num_thoughts),
+            return_thoughts=self.feeds_states and self.can_read(num_thoughts),
+        )
+
+    def states(self, indices: Sequence[int], num_thoughts: int) -> torch.Tensor:
+        """What thoughts of these records are made of, or would be in a control: `(rows, n, D)`, without answering."""
+        batch = self._whole_inputs(indices, num_thoughts)
         with torch.no_grad():
-            return ask(indices, num_thoughts)
+            return self.model.model(**batch, use_cache=False, return_states=True).states
+
+    def read(self, indices: Sequence[int], num_thoughts: int, thoughts: torch.Tensor | None = None) -> list[list[str]]:
+        """
+        What each group of `config.c_thought` thoughts of these records reads as, greedily; thoughts behind the last
+        whole group are not read.
+
+        Args:
+            thoughts (`torch.Tensor` of shape `(rows, n, D)`, *optional*): Those that were fed, where they are known;
+                computed if not given.
+        """
+        thoughts = self.states(indices, num_thoughts) if thoughts is None else thoughts
+        whole = thoughts[:, : num_thoughts // self.config.c_thought * self.config.c_thought].to(self.device)
+        tokens = self.model.read_thoughts(
+            whole, max_new_tokens=self.longest_text, do_sample=False, num_beams=1, num_return_sequences=1
+        )
+        return [[answer["text"].strip() for answer in self.read_answers(groups)] for groups in tokens]
+
+    @functools.cached_property
+    def longest_text(self) -> int:
+        """Tokens that a group may read as at most: those of the longest step or answer of the data, at least 64."""
+        lengths = (
+            max(shape.answer, *(step + 1 for steps in shape.rationales for step in [0, *steps]))  # 1: end of turn
+            for shape in self.dataset.shapes()
+        )
+        return max(64, *lengths)
 
     def inputs(
         self, indices: Sequence[int], num_thoughts: int | None, features: torch.Tensor | None = None
@@ -173,9 +235,9 @@ class Subject:
         tokens, thoughts = (output.sequences, output.thoughts.cpu()) if return_thoughts else (output, None)
         return self.read_answers(tokens[:, batch["input_ids"].shape[1] :]), thoughts
 
-    def _generate(self, indices: Sequence[int], num_thoughts: int | None) -> list[dict[str, Any]]:
-        batch = self.collator.prompts([self.dataset.prompt(index, num_thoughts) for index in indices])
-        return self.write(_to(batch, self.device))[0]
+    def _whole_inputs(self, indices: Sequence[int], num_thoughts: int | None) -> dict[str, Any]:
+        """Prompts with their pictures."""
+        return _to(self.collator.prompts([self.dataset.prompt(index, num_thoughts) for index in indices]), self.device)
 
     def read_answers(self, tokens: torch.Tensor) -> list[dict[str, Any]]:
         """From new tokens `(rows, number)` the text, its number of tokens, and what stands after the last `### `."""

@@ -11,6 +11,7 @@ from .experiments import KINDS, Results, name_of
 from .intervals import Values, mcnemar, paired_bootstrap, rate
 from .measurements import Measurements, collapse_warnings, lens_hits
 from .metric import Metric
+from .readings import Follow, SameStep, edit_table, reading_table
 
 
 ALPHA = 0.05
@@ -198,7 +199,38 @@ def lens_table(model: Examined, control: Examined | None) -> list[dict[str, Any]
     return table
 
 
-def make_report(model: Examined, control: Examined | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Reading:
+    """
+    How read thoughts are judged and shown.
+
+    Args:
+        same_step (`Callable`): From [`~readings.load_same_step`].
+        num_shown (`int`): Records whose groups are shown.
+        edits (`dict[int, list[dict]]`, *optional*): From [`~Diagnosis.edit_readings`].
+        follow (`Callable`, *optional*): From [`~readings.load_follow`]; comes with `edits`.
+    """
+
+    same_step: SameStep
+    num_shown: int
+    edits: Mapping[int, list[dict[str, Any]]] | None = None
+    follow: Follow | None = None
+
+
+def read_thoughts(model: Examined, control: Examined | None, reading: Reading) -> dict[str, Any]:
+    """What is shown of a checkpoint whose thoughts can be read: `readings`, and `edits` if there are any."""
+    records, found = model.scores.results.records, model.measurements
+    if found is None or found.readings is None:
+        return {}
+    beside = control.measurements.readings if control and control.measurements else None
+    report = {"readings": reading_table(records, found.readings, beside, reading.same_step, reading.num_shown)}
+    if reading.edits is not None and reading.follow is not None:
+        intact = model.scores.predictions["intact"]
+        report["edits"] = edit_table(records, reading.edits, intact, reading.follow, reading.same_step)
+    return report
+
+
+def make_report(model: Examined, control: Examined | None = None, reading: Reading | None = None) -> dict[str, Any]:
     """All figures of the page; what a checkpoint or its data do not have is left out."""
     scores, found, results = model.scores, model.measurements, model.scores.results
     report: dict[str, Any] = {
@@ -222,6 +254,8 @@ def make_report(model: Examined, control: Examined | None = None) -> dict[str, A
         report["geometry"] = _with_warnings(found.geometry)
         shares = np.array([sample["shares"] for sample in found.attention])
         report["attention"] = {"samples": len(shares), "shares": shares.mean(axis=0).tolist()}
+        if reading is not None:
+            report |= read_thoughts(model, control, reading)
     if has_images:
         report["picture"] = judge_picture(scores, num_tests)
     if control is not None:

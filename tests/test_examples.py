@@ -65,6 +65,37 @@ def test_chat_keeps_the_conversation_and_streams(saved, monkeypatch, capsys):
     assert all(answer.strip("\ufffd") in printed for answer in expected)
 
 
+def test_chat_shows_what_thoughts_read_as(saved, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "readable"
+    shutil.copytree(saved, folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "step_loss_weight": 1.0, "c_thought": 2}))
+    words = ["--image", PICTURES[0], "--num_thoughts", "5", "--max_new_tokens", "5", "--show_thoughts"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("How many?\n"))
+    messages = chat.main(["--model", str(folder), *words])
+    assert messages[1]["content"] == asked(saved, PICTURES[:1], "How many?", num_thoughts=5)[0]
+    printed = capsys.readouterr().out
+    processor = MultiCoCoProcessor.from_pretrained(folder)
+    model = MultiCoCoForConditionalGeneration.from_pretrained(folder, dtype="auto")
+    parts = [{"type": "image", "path": PICTURES[0]}, {"type": "text", "text": "How many?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": parts}],
+        num_thoughts=5,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device, model.dtype)
+    thoughts = model.generate(**inputs, max_new_tokens=1, return_thoughts=True).thoughts
+    for group in range(2):
+        (tokens,) = model.read_thoughts(thoughts[:, 2 * group : 2 * group + 2])[0]
+        assert f"[thought {group + 1}] {processor.decode(tokens, skip_special_tokens=True).strip()}\n" in printed
+    assert "[thought 3]" not in printed  # the fifth thought is no whole group
+    with pytest.raises(SystemExit):
+        chat.main(["--model", saved, *words])
+    assert "cannot be read: its mode is coconut and its `step_loss_weight` 0" in capsys.readouterr().err
+
+
 def test_a_batch_is_answered_as_its_records_alone(saved, tmp_path):
     for picture in PICTURES:
         shutil.copy(picture, tmp_path)

@@ -215,6 +215,8 @@ def _facts(config: MultiCoCoConfig, settings: Mapping[str, Any]) -> list[tuple[s
         ("thoughts for each written step", config.c_thought),
         ("how a state becomes a thought", f"`{config.thought_feedback}`"),
     ]
+    if config.step_loss_weight:
+        rows.append(("weight of the step loss", config.step_loss_weight))
     shown = ("mix", "samples", "epochs", "optimizer_steps", "global_batch_size", "learning_rate", "bf16", "seed")
     rows += [(name.replace("_", " "), settings[name]) for name in (*shown, "lora_rank") if settings.get(name)]
     frozen = [name for name in ("freeze_backbone", "freeze_mlp", "freeze_llm") if settings.get(name)]
@@ -262,6 +264,7 @@ def _scores_text(
         ]
         head = ("model", "mode", "thoughts", "accuracy", "95 % interval", "new tokens", "samples")
         parts.append(_table(head, rows))
+        parts += [_readings(row) for row in scores if row.get("reads") is not None]
     if not parts:
         parts.append("None were measured.")
     if others:
@@ -269,6 +272,17 @@ def _scores_text(
         parts.append("Other runs, at their last stage:")
         parts.append(_table(("run", "mode", "accuracy", "95 % interval (Wilson)", "samples"), rows))
     return parts
+
+
+def _readings(row: Mapping[str, Any]) -> str:
+    """How often thoughts that were trained to be readable read as what they stand for."""
+    name = "this model" if row["mine"] else f"`{Path(row['model']).name}`"
+    what = "thoughts" if row["mode"] == "coconut" else "states that thoughts would have been"
+    return (
+        f"Of {name}, with {_thoughts(row['num_thoughts'])} thoughts: {row['reads']:.1%} of the groups of {what} read "
+        f"as their step, or behind the last step as the answer (95 % interval "
+        f"{_interval(row['reads_low'], row['reads_high'])}, {row['reads_samples']} samples)."
+    )
 
 
 def _verdict_text(config: MultiCoCoConfig, verdict: str | None, modes: set[str]) -> list[str]:
@@ -334,7 +348,12 @@ def _use(
 def _limits(config: MultiCoCoConfig) -> str:
     lines = ["The scores speak of the data above; nothing else was measured."]
     if config.mode == "coconut":
-        lines.append("Thoughts are not words: what the model did with them cannot be read off.")
+        lines.append(
+            "Thoughts were trained to be readable (`model.read_thoughts`). That a step can be read from one does not "
+            "say that the answer follows from it."
+            if config.step_loss_weight
+            else "Thoughts are not words: what the model did with them cannot be read off."
+        )
     if config.num_thoughts is not None:
         lines.append(f"Budgets of thoughts other than those trained (up to {config.num_thoughts}) are untested.")
         lines.append(
