@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2
-BASELINES := cot no_cot no_thoughts pause pause_loop
+BASELINES := plain cot no_cot no_thoughts pause pause_loop
 
 .PHONY: env trails train baselines truth beyond test test-clients check-records release-check quality style clean
 
@@ -23,7 +23,7 @@ train: trails
 	$(TORCHRUN) train.py recipes/trails/coconut.yaml
 	$(BIN)/python recipes/trails/show.py --model out/trails-coconut --output out/trails-coconut/board.png
 
-# The same number of steps without thoughts, or with thoughts that carry nothing.
+# The same number of steps with the paper's loss, without thoughts, or with thoughts that carry nothing.
 baselines: trails
 	for mode in $(BASELINES); do $(TORCHRUN) train.py recipes/trails/$$mode.yaml || exit 1; done
 	$(BIN)/python recipes/trails/compare.py $(wildcard out/trails-coconut) $(BASELINES:%=out/trails-%) --output out/trails.png

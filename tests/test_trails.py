@@ -467,11 +467,11 @@ def test_prompt_is_short_and_the_picture_arrives_pixel_by_pixel(trails_processor
 def test_modes_are_trained_alike():
     """A control that had another budget would prove nothing."""
     settings = {}
-    for name in ("coconut", "coconut_plain", "cot", "no_cot", "no_thoughts", "pause", "pause_loop"):
+    for name in ("coconut", "plain", "cot", "no_cot", "no_thoughts", "pause", "pause_loop"):
         settings[name] = yaml.safe_load((RECIPE / f"{name}.yaml").read_text(encoding="utf-8"))
-        assert settings[name].pop("mode") == name.removesuffix("_plain")
-        assert settings[name].pop("output_dir") == f"out/trails-{name.replace('_plain', '-plain')}"
-    decoding = settings.pop("coconut")
-    assert (decoding["step_loss_weight"], decoding["draw_surplus"]) == (1, True)
-    assert decoding["max_latent_stage"] > 5  # a surplus thought for the longest trail, too
-    assert all(values == settings["coconut_plain"] for values in settings.values())
+        assert settings[name].pop("mode") == name.replace("plain", "coconut")
+        assert settings[name].pop("output_dir") == f"out/trails-{name}"
+        assert settings[name].pop("step_loss_weight") == (1 if name == "coconut" else 0)
+    assert settings["coconut"]["draw_surplus"]
+    assert settings["coconut"]["max_latent_stage"] > 5  # a surplus thought for the longest trail, too
+    assert all(values == settings["coconut"] for values in settings.values())

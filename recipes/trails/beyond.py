@@ -6,7 +6,7 @@
 Flags that it does not know go to train.py.
 
 Boards of 6 x 6 cells. Questions to train on follow up to 8 arrows, questions to answer up to 10. One model learns to
-write the steps (`cot.yaml`), in two runs: colours are learned only after the learning rate has come down once. From
+write the steps (`coconut_plain.yaml --mode cot`), in two runs: colours are learned only after the learning rate has come down once. From
 it, as one fine-tunes a checkpoint, every variant of `beyond.yaml` replaces the first 2 steps by thoughts, and those of
 `steps.yaml`, whose thoughts must be readable as their steps, replace all. Each is asked without thoughts, and with
 those of one step less than it was trained with to two more; a seed is that of the order of boards and of the drawn
@@ -49,9 +49,9 @@ DECAY = ["--lr_scheduler_kwargs", json.dumps({"num_decay_steps": 500})]
 def training(variant: str, seed: int, data: str, output_dir: Path, settings: Sequence[str]) -> Run:
     """From written reasoning to thoughts, or, for `cot`, from random weights to written reasoning."""
     start = {ARROWS: "start", COT: f"{ARROWS}-0"}.get(variant, f"{COT}-0")
-    name, change = VARIANTS.get(variant, ("cot", []))
+    name, change = VARIANTS.get(variant, ("coconut_plain", ["--mode", "cot"]))
     if variant in EPOCHS:
-        change = ["--num_train_epochs", EPOCHS[variant], *DECAY]
+        change = [*change, "--num_train_epochs", EPOCHS[variant], *DECAY]
     flags = [str(ROOT / "recipes" / "trails" / f"{name}.yaml"), *change]
     flags += ["--train_file", f"{data}/train.jsonl", "--eval_file", f"{data}/val.jsonl", "--answer_every", "end"]
     flags += ["--model_name_or_path", str(output_dir / start), "--seed", str(seed)]

@@ -27,11 +27,12 @@ from multicoco.recipes.trails.start_model import make_start_model
 
 # Name of a mode here -> its YAML, and the change against it.
 VARIANTS: dict[str, tuple[str, list[str]]] = {mode: (mode, []) for mode in MODES} | {
-    "coconut_plain": ("coconut_plain", []),
+    "plain": ("plain", []),
+    "coconut_plain": ("coconut_plain", ["--per_device_train_batch_size", "64"]),
     "pause_steps": ("coconut", ["--mode", "pause"]),
     "pause_loop_steps": ("coconut", ["--mode", "pause_loop"]),
 }
-CONTROLS = {"coconut": "pause_steps", "coconut_plain": "pause"}  # shown beside it, of the same seed
+CONTROLS = {"coconut": "pause_steps", "plain": "pause", "coconut_plain": "pause"}  # shown beside it, of the same seed
 CHANCE = 1 / len(COLOURS)
 
 # Columns: what diagnosis.json holds where; a mode without thoughts lacks most of it.
@@ -47,10 +48,9 @@ FIGURES = {
 def training(mode: str, seed: int, data: str, output_dir: Path, settings: Sequence[str]) -> Run:
     """From the first weights of the seed: the mode's own YAML and change, on one process."""
     name, change = VARIANTS[mode]
-    flags = [str(ROOT / "recipes" / "trails" / f"{name}.yaml"), *change]
+    flags = [str(ROOT / "recipes" / "trails" / f"{name}.yaml"), "--per_device_train_batch_size", "32", *change]
     flags += ["--train_file", f"{data}/train.jsonl", "--eval_file", f"{data}/val.jsonl"]
-    flags += ["--model_name_or_path", str(output_dir / f"start-{seed}"), "--seed", str(seed)]
-    flags += ["--per_device_train_batch_size", "64", *settings]
+    flags += ["--model_name_or_path", str(output_dir / f"start-{seed}"), "--seed", str(seed), *settings]
     return Run(output_dir / f"{mode}-{seed}", "train.py", flags)
 
 
