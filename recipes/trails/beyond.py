@@ -8,9 +8,9 @@ Flags that it does not know go to train.py.
 Boards of 6 x 6 cells. Questions to train on follow up to 8 arrows, questions to answer up to 10. One model learns to
 write the steps (`coconut_plain.yaml --mode cot`), in two runs: colours are learned only after the learning rate has
 come down once. From it, as one fine-tunes a checkpoint, every variant of `beyond.yaml` replaces the first 2 steps by
-thoughts, and those of `steps.yaml`, whose thoughts must be readable as their steps, replace all. Each is asked without thoughts, and with
-those of one step less than it was trained with to two more; a seed is that of the order of boards and of the drawn
-stages. A command that was interrupted goes on with what is missing.
+thoughts, and those of `steps.yaml`, whose thoughts must be readable as their steps, replace all. Each is asked without
+thoughts, and with those of one step less than it was trained with to two more; a seed is that of the order of boards
+and of the drawn stages. A command that was interrupted goes on with what is missing.
 """
 
 import argparse
