@@ -43,8 +43,9 @@ CONTROL_FEEDBACK = {"pause": "latent_one_pass", "pause_loop": "latent"}
 # The modes whose samples hold a block of thoughts; the others have written steps, or nothing, in its place.
 BLOCK_MODES = ("coconut", *CONTROL_FEEDBACK)
 # The fields that training sets: what a checkpoint was trained as, and how it is to be asked.
-TRAINED = ("mode", "stage", "num_thoughts", "thought_feedback", "thought_sweeps", "step_loss_weight")
-TRAINED += ("c_thought", "max_latent_stage")
+TRAINED = tuple(
+    "mode stage num_thoughts thought_feedback thought_sweeps step_loss_weight c_thought max_latent_stage".split()
+)
 
 # Language models whose parameter names are the same in an original checkpoint and in transformers.
 ORIGINAL_TEXT_MODELS = {

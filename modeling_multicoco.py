@@ -58,7 +58,7 @@ from .modeling_internvl_chat import (
     register_checkpoint_names,
     takes_original_order,
 )
-from .objectives import StepDecoding, place_labels, states_before
+from .objectives import StepDecoding, Targets, states_before, tokens_of
 from .passes import (
     REENTRANT,
     EditThoughts,
@@ -150,16 +150,7 @@ class MultiCoCoModel(InternVLChatBackbone):
         Arguments and errors as in [`MultiCoCoForConditionalGeneration.forward`], but for its head; with
         `return_states` and `return_inputs_embeds` the output has them.
         """
-        if kwargs.get("step_ids") is not None:
-            raise ValueError(
-                "`step_ids` came to the model without its head, which has no step loss: it would be lost. Let the "
-                "whole model compute the loss (in trl `loss_type='nll'`), or set `step_loss_weight` to 0."
-            )
-        tokens = _tokens_of(input_ids, inputs_embeds)
-        if inputs_embeds is not None and (pixel_values is not None or mm_encoder_outputs):
-            raise ValueError("With `inputs_embeds`, place the images yourself: `inputs_embeds=model.fuse(...)`.")
-        if pixel_values is not None and mm_encoder_outputs:
-            raise ValueError("Pass only one of `pixel_values` and `mm_encoder_outputs`: both are the images.")
+        tokens = self._check_inputs(input_ids, inputs_embeds, pixel_values, mm_encoder_outputs, **kwargs)
         check_shapes(tokens, attention_mask, latent_mask=latent_mask, has_past=past_key_values is not None)
         use_cache = self._resolve_cache(use_cache, past_key_values)
         tiles = None
@@ -176,7 +167,6 @@ class MultiCoCoModel(InternVLChatBackbone):
             answer_sees,
             needs_passes=edit_thoughts is not None or return_thoughts,
         )
-        feeds_states = self.config.thought_feedback in STATE_FEEDBACKS
 
         embeds: Any = inputs_embeds
         features = None
@@ -201,6 +191,8 @@ class MultiCoCoModel(InternVLChatBackbone):
                     edit_thoughts=edit_thoughts,
                     **kwargs,
                 )
+        feeds_states = self.config.thought_feedback in STATE_FEEDBACKS
+        states = thoughts if feeds_states or not return_states else states_before(hidden_states, plan.numbers)
         return MultiCoCoModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=outputs[-1].past_key_values,
@@ -208,13 +200,30 @@ class MultiCoCoModel(InternVLChatBackbone):
             attentions=join_attentions(outputs),
             image_hidden_states=features,
             thoughts=thoughts if return_thoughts else None,
-            states=None
-            if not return_states
-            else thoughts
-            if feeds_states
-            else states_before(hidden_states, plan.numbers),
+            states=states if return_states else None,
             inputs_embeds=torch.cat(chunks, dim=1) if return_inputs_embeds else None,
         )
+
+    def _check_inputs(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        mm_encoder_outputs: dict[str, Any] | None,
+        step_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Something of shape (B, T), after refusing what would be lost or stand there twice."""
+        if step_ids is not None:
+            raise ValueError(
+                "`step_ids` came to the model without its head, which has no step loss: it would be lost. Let the "
+                "whole model compute the loss (in trl `loss_type='nll'`), or set `step_loss_weight` to 0."
+            )
+        if inputs_embeds is not None and (pixel_values is not None or mm_encoder_outputs):
+            raise ValueError("With `inputs_embeds`, place the images yourself: `inputs_embeds=model.fuse(...)`.")
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("Pass only one of `pixel_values` and `mm_encoder_outputs`: both are the images.")
+        return tokens_of(input_ids, inputs_embeds)
 
     def _resolve_cache(self, use_cache: bool | None, past_key_values: Cache | None) -> bool:
         """Whether a cache is returned; refuses what activation checkpointing would silently compute wrongly."""
@@ -400,31 +409,22 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
                 the prompt, and what follows holds no thought.
             return_thoughts (`bool`, defaults to `False`): Return what was fed at the latent positions.
             edit_thoughts (`Callable`, *optional*):
-                `(thought (batch_size, hidden_size), index) -> thought`, called for every thought inside the loop, so
-                that later thoughts and the answer follow from the edited one. It gets all rows; those that do not
-                have this thought at this position are ignored, so swap rows only where thoughts are aligned. In a
-                packed row thoughts are counted through.
+                `(thought (batch_size, hidden_size), index) -> thought`, called for every thought inside the loop:
+                later thoughts and the answer follow from the edited one. It gets all rows; those without this thought
+                at this position are ignored: swap rows only where thoughts are aligned. In a packed row thoughts are
+                counted through.
             answer_sees (`str`, defaults to `"all"`):
                 What positions after the last thought may attend to: `"all"`, `"no_image"`, or `"thoughts_only"`
                 (the thoughts, and what comes after them). The thoughts themselves see everything before them.
             step_ids (`torch.LongTensor` of shape `(batch_size, groups, length)`, *optional*):
-                Token ids of the text that each group of `config.c_thought` thoughts stands for, -100 behind it and
-                where there is none. The loss then has a second part, see [`~objectives.step_loss`].
+                Text of each group of `config.c_thought` thoughts, -100 behind it; see [`~objectives.StepDecoding`].
 
         Raises:
             ValueError: tiles and `<IMG_CONTEXT>` tokens do not match; a thought that has no state before it, or that
-                stands in the padding or before an image; checkpointing that would give wrong gradients; `step_ids`
-                without labels, thoughts or weight.
+                stands in the padding or before an image; checkpointing that would give wrong gradients.
         """
-        labelled = None
-        if labels is not None:
-            labels, labelled = place_labels(labels, _tokens_of(input_ids, inputs_embeds), logits_to_keep)
-            if len(labelled[0]) == 0 and kwargs.get("num_items_in_batch") is None:
-                raise ValueError("`labels` are all -100, so there is no loss. Give at least one position a label.")
-        texts = None
-        if step_ids is not None:
-            latents = input_ids == self.config.latent_token_id if latent_mask is None else latent_mask
-            texts = self.read_step_ids(step_ids, labelled, latents)
+        tokens = tokens_of(input_ids, inputs_embeds)
+        targets = self.read_targets(labels, step_ids, tokens, latent_mask, logits_to_keep, **kwargs)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -442,42 +442,38 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
             return_thoughts=return_thoughts,
             edit_thoughts=edit_thoughts,
             answer_sees=answer_sees,
-            return_states=texts is not None,
+            return_states=step_ids is not None,
             return_dict=True,
             **kwargs,
         )
-        output = self._output(outputs, labels, labelled, logits_to_keep, **kwargs)
-        if texts is not None and labelled is not None:
-            num_labels = kwargs.get("num_items_in_batch")
-            num_labels = len(labelled[0]) if num_labels is None else num_labels
-            output.step_loss = self.step_loss(outputs.states, outputs.last_hidden_state, texts) / num_labels
-            output.loss = output.loss + self.config.step_loss_weight * output.step_loss
-        return output
+        return self._output(outputs, targets, logits_to_keep, **kwargs)
 
     def _output(
         self,
         outputs: Any,
-        labels: torch.Tensor | None,
-        labelled: tuple[torch.Tensor, ...] | None,
+        targets: Targets | None,
         logits_to_keep: int | torch.Tensor,
         **kwargs: Any,
     ) -> MultiCoCoOutputWithPast:
         """
         The head on the `outputs` of [`MultiCoCoModel`], only at the positions that are asked for, and the loss of the
-        `labelled` rows and positions.
+        `targets`.
         """
         hidden_states = outputs.last_hidden_state  # (B, T, D)
-        loss = logits = None
-        if labels is not None and labelled is not None:  # logits only where there is a label: (labels, V)
-            rows, positions = (index.to(hidden_states.device) for index in labelled)
+        loss = logits = step_loss = None
+        if targets is not None:  # logits only where there is a label: (labels, V)
+            rows, positions = (index.to(hidden_states.device) for index in (targets.rows, targets.positions))
             loss = self.loss_function(
                 logits=self.lm_head(hidden_states[rows, positions]),
                 labels=None,
-                shift_labels=labels.to(hidden_states.device)[rows, positions + 1],
+                shift_labels=targets.labels.to(hidden_states.device)[rows, positions + 1],
                 vocab_size=self.config.text_config.vocab_size,
                 **kwargs,
             )
-        if labels is None or not self.training or not isinstance(logits_to_keep, int) or logits_to_keep:
+        if targets is not None and targets.texts is not None:
+            step_loss = self.step_loss(outputs.states, hidden_states, targets.texts) / targets.num_items
+            loss = loss + self.config.step_loss_weight * step_loss
+        if targets is None or not self.training or not isinstance(logits_to_keep, int) or logits_to_keep:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         return MultiCoCoOutputWithPast(
             loss=loss,
@@ -487,6 +483,7 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             thoughts=outputs.thoughts,
+            step_loss=step_loss,
         )
 
     def embed_thoughts(self, input_ids: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
@@ -498,7 +495,7 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
             embeds = model.embed_thoughts(**inputs)
             model(inputs_embeds=embeds, latent_mask=torch.zeros(embeds.shape[:2], dtype=torch.bool), ...)
         """
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "step_ids")}
         inputs |= {"use_cache": False, "return_inputs_embeds": True, "return_dict": True}
         return self.model(input_ids, **inputs).inputs_embeds
 
@@ -783,15 +780,6 @@ def export_internvl(
     native.save_pretrained(save_directory, save_original_format=False)
     if processor is not None:
         plain_processor(processor).save_pretrained(save_directory)
-
-
-def _tokens_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-    """Something of shape (B, T): ids, or one number of each embedding."""
-    if input_ids is not None and inputs_embeds is None:
-        return input_ids
-    if inputs_embeds is not None and input_ids is None:
-        return inputs_embeds[..., 0]
-    raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
 
 
 register_checkpoint_names(MultiCoCoForConditionalGeneration)

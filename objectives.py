@@ -26,6 +26,15 @@ from .modeling_internvl_chat import check_shapes
 IGNORED = -100
 
 
+def tokens_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    """Something of shape (B, T): ids, or one number of each embedding."""
+    if input_ids is not None and inputs_embeds is None:
+        return input_ids
+    if inputs_embeds is not None and input_ids is None:
+        return inputs_embeds[..., 0]
+    raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+
+
 def place_labels(
     labels: torch.Tensor, tokens: torch.Tensor, logits_to_keep: int | torch.Tensor
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -59,7 +68,30 @@ class StepTexts:
 
 
 # For a rank that has no text where others have: the same calls, and nothing of it counts.
-NO_TEXT = StepTexts(*torch.zeros(2, 1, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1))
+NO_TEXT = StepTexts(torch.tensor([0]), torch.tensor([0]), torch.tensor([[0, 0]]), torch.tensor([0.0]))
+
+
+@dataclass
+class Targets:
+    """What a batch must predict: the labels (B, T), the rows and positions (on the host) that predict one, texts."""
+
+    labels: torch.Tensor
+    rows: torch.Tensor
+    positions: torch.Tensor
+    texts: StepTexts | None
+    num_items: Any  # what sums of losses are divided by
+
+
+def states_before(hidden_states: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor | None:
+    """
+    The states (B, n, D) before latent positions, which thoughts are or, in a control, would have been; zeros after
+    the last of a row. `hidden_states` (B, T, D); `numbers` (B, T), on the host, as in [`~passes.Plan`].
+    """
+    if not numbers.any():
+        return None
+    rows, positions = numbers.nonzero(as_tuple=True)
+    states = hidden_states.new_zeros(len(hidden_states), int(numbers.max()), hidden_states.shape[-1])
+    return states.index_put((rows, numbers[rows, positions] - 1), hidden_states[rows, positions - 1])
 
 
 class StepDecoding:
@@ -71,35 +103,67 @@ class StepDecoding:
     lm_head: Any
     generate: Any
 
-    def read_step_ids(
-        self, step_ids: torch.Tensor, labelled: tuple[torch.Tensor, ...] | None, latents: torch.Tensor | bool
-    ) -> StepTexts:
+    def read_targets(
+        self,
+        labels: torch.Tensor | None,
+        step_ids: torch.Tensor | None,
+        tokens: torch.Tensor,
+        latent_mask: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Targets | None:
+        """
+        What a batch must predict, checked and on the host; `None` without labels.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): As in `forward`.
+            step_ids (`torch.LongTensor` of shape `(B, G, L)`, *optional*): As in `forward`.
+            tokens (`torch.Tensor` of shape `(B, T)`): Ids, or without them anything.
+            latent_mask (`torch.BoolTensor` of shape `(B, T)`, *optional*): Where thoughts are; where ids say so.
+            logits_to_keep (`int` or `torch.LongTensor`): The positions that labels of another length belong to.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): Labels of the whole optimizer step.
+
+        Raises:
+            ValueError: no label at all; see also `read_step_ids`.
+        """
+        if labels is None:
+            if step_ids is not None:
+                raise ValueError(
+                    "`step_ids` came without `labels`, so the loss that they are part of would be lost. Pass both or "
+                    "neither (`label_smoothing_factor` and `compute_loss_func` take labels away)."
+                )
+            return None
+        labels, (rows, positions) = place_labels(labels, tokens, logits_to_keep)
+        if len(rows) == 0 and num_items_in_batch is None:
+            raise ValueError("`labels` are all -100, so there is no loss. Give at least one position a label.")
+        latents = tokens == self.config.latent_token_id if latent_mask is None else latent_mask
+        texts = None if step_ids is None else self.read_step_ids(step_ids, rows, latents)
+        num_items = len(rows) if num_items_in_batch is None else num_items_in_batch
+        return Targets(labels, rows, positions, texts, num_items)
+
+    def read_step_ids(self, step_ids: torch.Tensor, labelled_rows: torch.Tensor, latents: torch.Tensor) -> StepTexts:
         """
         The texts of a batch.
 
         Args:
             step_ids (`torch.LongTensor` of shape `(B, G, L)`): Token ids of each group's text; -100 behind it, and
                 where a group stands for none.
-            labelled (`tuple[torch.LongTensor, ...]`, *optional*): Row and position of each label, on the host.
+            labelled_rows (`torch.LongTensor`): The row of each label, on the host.
             latents (`torch.BoolTensor` of shape `(B, T)`): Where thoughts are.
 
         Raises:
-            ValueError: no weight, no labels; a text with a gap, without its thoughts, or without labels beside it.
+            ValueError: no weight; a text with a gap, without its thoughts, or without labels beside it.
         """
         if not self.config.step_loss_weight:
             raise ValueError(
                 "`step_ids` came, but `config.step_loss_weight` is 0, so their loss would be lost. Set it (as "
                 "`CurriculumCallback` does), or leave `step_ids` out."
             )
-        if labelled is None:
+        if step_ids.dim() != 3 or len(latents) != len(step_ids):
             raise ValueError(
-                "`step_ids` came without `labels`, so the loss that they are part of would be lost. Pass both or "
-                "neither (`label_smoothing_factor` and `compute_loss_func` take labels away)."
-            )
-        if step_ids.dim() != 3 or not isinstance(latents, torch.Tensor) or len(latents) != len(step_ids):
-            raise ValueError(
-                f"`step_ids` has shape {tuple(step_ids.shape)}, expected (batch_size, groups, length) of the batch, "
-                "with `input_ids` or `latent_mask`. Take all inputs from one collator."
+                f"`step_ids` has shape {tuple(step_ids.shape)}, expected (batch_size, groups, length) of the batch. "
+                "Take all inputs from one collator."
             )
         ids, c_thought = step_ids.cpu(), self.config.c_thought
         is_text = ids != IGNORED  # (B, G, L)
@@ -108,7 +172,7 @@ class StepDecoding:
             raise ValueError("`step_ids` must be token ids, and -100 only behind those of a text. Mend the collator.")
         rows, groups = (lengths > 0).nonzero(as_tuple=True)
         num_thoughts = latents.sum(dim=1).cpu()
-        num_labels = torch.bincount(labelled[0], minlength=len(ids))  # (B,)
+        num_labels = torch.bincount(labelled_rows, minlength=len(ids))  # (B,)
         for wrong, reason in (
             ((groups + 1) * c_thought > num_thoughts[rows], "more groups than it has thoughts for"),
             (num_labels[rows] == 0, "texts but no label, so that they would count nothing"),
@@ -202,15 +266,3 @@ class StepDecoding:
         """Thoughts (B, n, D) as whole groups (B, n // c_thought, c_thought, D)."""
         c_thought = self.config.c_thought
         return thoughts[:, : thoughts.shape[1] // c_thought * c_thought].unflatten(1, (-1, c_thought))
-
-
-def states_before(hidden_states: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor | None:
-    """
-    The states (B, n, D) before latent positions, which thoughts are or, in a control, would have been; zeros after
-    the last of a row. `hidden_states` (B, T, D); `numbers` (B, T), on the host, as in [`~passes.Plan`].
-    """
-    if not numbers.any():
-        return None
-    rows, positions = numbers.nonzero(as_tuple=True)
-    states = hidden_states.new_zeros(len(hidden_states), int(numbers.max()), hidden_states.shape[-1])
-    return states.index_put((rows, numbers[rows, positions] - 1), hidden_states[rows, positions - 1])

@@ -159,18 +159,18 @@ def reading_table(
     if control is not None:
         table["control"] = {"all": share(records, control, same_step), "groups": by_group(control)}
     table["samples"] = [
-        _show(record, texts[row], control and control[row], same_step)
+        _show(record, texts[row], control[row] if control is not None else (), same_step)
         for row, record in enumerate(records[: min(num_shown, len(records))])
     ]
     return table
 
 
-def _show(record: Mapping[str, Any], texts: Texts, control: Texts | None, same_step: SameStep) -> dict[str, Any]:
-    groups = [
+def _show(record: Mapping[str, Any], texts: Texts, control: Texts, same_step: SameStep) -> dict[str, Any]:
+    groups: list[dict[str, Any]] = [
         {"stands_for": stands_for(record, group), "reads": text, "right": right}
         for group, (text, right) in enumerate(zip(texts, judge(record, texts, same_step), strict=True))
     ]
-    for row, text, right in zip(groups, control or [], judge(record, control or [], same_step), strict=False):
+    for row, text, right in zip(groups, control, judge(record, control, same_step), strict=False):
         row["control"] = {"reads": text, "right": right}
     return {"id": str(record["id"]), "question": record["question"], "groups": groups}
 

@@ -225,7 +225,7 @@ def read_thoughts(model: Examined, control: Examined | None, reading: Reading) -
     beside = control.measurements.readings if control and control.measurements else None
     report = {"readings": reading_table(records, found.readings, beside, reading.same_step, reading.num_shown)}
     if reading.edits is not None and reading.follow is not None:
-        intact = model.scores.predictions["intact"]
+        intact = list(model.scores.predictions["intact"])
         report["edits"] = edit_table(records, reading.edits, intact, reading.follow, reading.same_step)
     return report
 

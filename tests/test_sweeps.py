@@ -206,7 +206,6 @@ def test_controls_are_what_they_are_without_sweeps(model, make_batch):
 
 def test_what_the_answer_sees_holds_in_sweeps(model, make_batch):
     batch = model_inputs(make_batch(**CASES["left"]))
-    model.set_attn_implementation("eager")
     expected = model(**batch, answer_sees="no_image").loss
     model.config.thought_sweeps = 3
     torch.testing.assert_close(model(**batch, answer_sees="no_image").loss, expected)
