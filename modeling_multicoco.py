@@ -405,8 +405,7 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
                 Ids to predict, -100 where none is; shifted inside. The loss is the mean over all labels of the batch,
                 or their sum over `num_items_in_batch`. With `logits_to_keep` they may be those of the kept positions.
             latent_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Where thoughts are fed; by default at each `<|latent|>` in `input_ids`. One that is shorter is that of
-                the prompt, and what follows holds no thought.
+                Where thoughts are fed; by default at each `<|latent|>`. A shorter one is that of the prompt.
             return_thoughts (`bool`, defaults to `False`): Return what was fed at the latent positions.
             edit_thoughts (`Callable`, *optional*):
                 `(thought (batch_size, hidden_size), index) -> thought`, called for every thought inside the loop:

@@ -263,8 +263,8 @@ SENTENCE = "The arrow in D3 points down, so the next cell is D4."
         ("From D3 the way goes down to D4", SENTENCE, False),
         (SENTENCE + " " + SENTENCE, SENTENCE, False),
         ("The arrow the way goes down to D4.", SENTENCE, False),
-        ("D4", SENTENCE, False),
-        (SENTENCE, "D4", False),
+        ("D4", SENTENCE, True),  # as `follow` names it
+        (SENTENCE, "D4", True),
         ("nothing", "nothing", False),
     ],
 )

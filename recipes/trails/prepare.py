@@ -206,11 +206,11 @@ def same_step(text: str, step: str) -> bool:
     Whether a text that was read names the same fact as a step: the same cell reached, whatever the phrasing.
 
     Args:
-        text (`str`): What was read; blanks at its ends do not count. A malformed one names nothing, and nor does one
-            in another style than the step.
-        step (`str`): A step of a record.
+        text (`str`): What was read; blanks at its ends do not count. A malformed one names nothing.
+        step (`str`): A step of a record, or the name of a cell, as [`follow`] returns it.
     """
-    return parse_step(step) is not None and parse_step(text) == parse_step(step)
+    named, expected = parse_step(text), parse_step(step)
+    return named is not None and expected is not None and named[1] == expected[1]
 
 
 def read_board(picture: Image.Image | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
