@@ -272,6 +272,24 @@ def test_same_step_is_the_same_cell_whatever_the_phrasing(text, step, same):
     assert prepare.same_step(text, step) is same
 
 
+def test_follow_trail_knows_trails_that_no_board_has(tmp_path):
+    """An edit that names the step itself is the board's own trail; one that names the start goes back there."""
+    prepare.write_split(tmp_path, "val", 40, size=4, max_arrows=5, seed=0)
+    seen = set()
+    for line in (tmp_path / "val.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        record["images"] = [str(tmp_path / record["images"][0])]
+        start = record["question"].split()[2]
+        assert prepare.follow_trail(record, 0, record["steps"][0]) == (record["steps"][1:], record["answer"])
+        assert prepare.follow_trail(record, 0, start) is None
+        for name in ("A1", "B2", "C3", "D4"):
+            names, colour = prepare.follow(record, 0, name)
+            is_new = len({start, name, *names}) == len(names) + 2
+            assert prepare.follow_trail(record, 0, name) == ((names, colour) if is_new else None)
+            seen.add(is_new)
+    assert seen == {True, False}
+
+
 def test_every_step_of_a_record_is_read(styles):
     for style in prepare.STYLES:
         for record in records(styles / style, "val"):

@@ -290,6 +290,16 @@ def follow(record: Mapping[str, Any], index: int, step: str) -> tuple[list[str],
     return names, list(COLOURS)[colours[row, column]]
 
 
+def follow_trail(record: Mapping[str, Any], index: int, step: str) -> tuple[list[str], str] | None:
+    """As [`follow`]; `None` where it would visit a cell twice, or the start, as no trail of the data set does."""
+    names, colour = follow(record, index, step)
+    start = re.search(r"[A-Z][0-9]+", record["question"])
+    parsed = parse_step(step)
+    cells = [cell for name in (start and start[0], *names) if name and (cell := parse_cell(name))]
+    cells += [parsed[1]] if parsed else []
+    return (names, colour) if len(set(cells)) == len(cells) else None
+
+
 def iter_boards(
     split: str, count: int, size: int, max_arrows: int, seed: int, max_asked: int | None = None
 ) -> Iterator[Board]:
