@@ -193,6 +193,8 @@ class MultiCoCoModel(InternVLChatBackbone):
                 )
         feeds_states = self.config.thought_feedback in STATE_FEEDBACKS
         states = thoughts if feeds_states or not return_states else states_before(hidden_states, plan.numbers)
+        if return_states and states is None and is_sharded(self):
+            states = hidden_states[:, :1]  # ZeRO-3 counts what comes back to each output, so all ranks have one
         return MultiCoCoModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=outputs[-1].past_key_values,

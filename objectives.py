@@ -199,9 +199,9 @@ class StepDecoding:
             texts ([`StepTexts`]): Of the batch.
         """
         if len(texts.rows) == 0 or states is None:
-            if not is_sharded(self.model):
+            if states is None or not is_sharded(self.model):
                 return hidden_states.new_zeros((), dtype=torch.float32)
-            texts, states = NO_TEXT, hidden_states[:1, :1].expand(-1, self.config.c_thought, -1)
+            texts, states = NO_TEXT, states[:1, :1].expand(-1, self.config.c_thought, -1)
         ids = texts.ids  # (M, L)
         thoughts = self._groups(states)[texts.rows, texts.groups]  # (M, c_thought, D)
         words = self.model.get_input_embeddings()(ids[:, :-1].clamp(min=0).to(thoughts.device))  # (M, L - 1, D)
