@@ -191,10 +191,6 @@ class MultiCoCoModel(InternVLChatBackbone):
                     edit_thoughts=edit_thoughts,
                     **kwargs,
                 )
-        feeds_states = self.config.thought_feedback in STATE_FEEDBACKS
-        states = thoughts if feeds_states or not return_states else states_before(hidden_states, plan.numbers)
-        if return_states and states is None and is_sharded(self):
-            states = hidden_states[:, :1]  # ZeRO-3 counts what comes back to each output, so all ranks have one
         return MultiCoCoModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=outputs[-1].past_key_values,
@@ -202,9 +198,16 @@ class MultiCoCoModel(InternVLChatBackbone):
             attentions=join_attentions(outputs),
             image_hidden_states=features,
             thoughts=thoughts if return_thoughts else None,
-            states=states if return_states else None,
+            states=self._states(hidden_states, thoughts, plan) if return_states else None,
             inputs_embeds=torch.cat(chunks, dim=1) if return_inputs_embeds else None,
         )
+
+    def _states(self, hidden_states: torch.Tensor, thoughts: torch.Tensor | None, plan: Plan) -> torch.Tensor | None:
+        feeds_states = self.config.thought_feedback in STATE_FEEDBACKS
+        states = thoughts if feeds_states else states_before(hidden_states, plan.numbers)
+        if states is None and is_sharded(self):
+            return hidden_states[:, :1]  # ZeRO-3 counts what comes back to each output, so all ranks have one
+        return states
 
     def _check_inputs(
         self,
