@@ -114,6 +114,12 @@ class CurriculumArguments:
             )
         if not 0 <= self.step_loss_weight < math.inf:
             raise ValueError(f"`--step_loss_weight` must be a number of at least 0, got {self.step_loss_weight}.")
+        if self.draw_surplus and self.final_stage and not self.pad_latent_to_max:
+            raise ValueError(
+                "`--draw_surplus` is true, but `--pad_latent_to_max` false leaves no surplus thoughts in the final "
+                "stage, so that none would be drawn. Drop `--draw_surplus`, or set `--pad_latent_to_max true` or "
+                "`--final_stage false`."
+            )
         if not 0 <= self.mix_prob <= 1:
             raise ValueError(f"`--mix_prob` must be between 0 and 1, got {self.mix_prob}.")
 

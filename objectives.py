@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from .compat import is_sharded
 from .modeling_internvl_chat import check_shapes
@@ -137,7 +137,8 @@ class StepDecoding:
         labels, (rows, positions) = place_labels(labels, tokens, logits_to_keep)
         if len(rows) == 0 and num_items_in_batch is None:
             raise ValueError("`labels` are all -100, so there is no loss. Give at least one position a label.")
-        latents = tokens == self.config.latent_token_id if latent_mask is None else latent_mask
+        latent_id = -1 if self.config.latent_token_id is None else self.config.latent_token_id
+        latents = tokens == latent_id if latent_mask is None else latent_mask
         texts = None if step_ids is None else self.read_step_ids(step_ids, rows, latents)
         num_items = len(rows) if num_items_in_batch is None else num_items_in_batch
         return Targets(labels, rows, positions, texts, num_items)
@@ -165,7 +166,7 @@ class StepDecoding:
                 f"`step_ids` has shape {tuple(step_ids.shape)}, expected (batch_size, groups, length) of the batch. "
                 "Take all inputs from one collator."
             )
-        ids, c_thought = step_ids.cpu(), self.config.c_thought
+        ids, c_thought = step_ids.cpu().long(), self.config.c_thought
         is_text = ids != IGNORED  # (B, G, L)
         lengths = is_text.sum(dim=-1)  # (B, G)
         if ((torch.arange(ids.shape[-1]) < lengths[..., None]) != is_text).any() or (ids[is_text] < 0).any():
@@ -231,7 +232,7 @@ class StepDecoding:
             `torch.LongTensor` of shape `(batch_size, groups * num_return_sequences, length)`, padded on the right.
 
         Raises:
-            ValueError: thoughts that are no whole groups, or of a model without a step loss.
+            ValueError: thoughts that are no whole groups, in any row; or of a model without a step loss.
         """
         c_thought = self.config.c_thought
         if not self.config.step_loss_weight:
@@ -244,21 +245,30 @@ class StepDecoding:
                 f"`thoughts` have shape {tuple(thoughts.shape)}, expected (batch_size, num_thoughts, hidden_size), "
                 f"in whole groups of `config.c_thought` {c_thought}; and `return_dict_in_generate` is not taken."
             )
+        places = torch.arange(1, thoughts.shape[1] + 1, device=thoughts.device)
+        num_thoughts = pad(thoughts.any(dim=-1) * places, (1, 0)).amax(dim=1)  # (B,): up to the last that is not zero
+        if (num_thoughts % c_thought).any():
+            row = int((num_thoughts % c_thought).nonzero()[0])
+            raise ValueError(
+                f"Row {row} of `thoughts` has {int(num_thoughts[row])} thoughts before its zeros, which are no whole "
+                f"groups of `config.c_thought` {c_thought}. Leave out those behind its last whole group."
+            )
         groups = self._groups(thoughts).flatten(0, 1)  # (B * groups, c_thought, D)
         is_read = groups.flatten(1).any(dim=1)
+        settings = vars(kwargs.get("generation_config") or self.generation_config) | kwargs
         if not is_read.any():
-            sequences = kwargs.get("num_return_sequences") or self.generation_config.num_return_sequences or 1
-            num_groups = thoughts.shape[1] // c_thought
-            return thoughts.new_empty(len(thoughts), num_groups * sequences, 0, dtype=torch.long)
+            num_texts = thoughts.shape[1] // c_thought * (settings.get("num_return_sequences") or 1)
+            return thoughts.new_empty(len(thoughts), num_texts, 0, dtype=torch.long)
         embeds = groups[is_read].to(self.model.get_input_embeddings().weight)
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         inputs = {"inputs_embeds": embeds, "attention_mask": mask, "latent_mask": mask == 0}
-        written = self.generate(**inputs, max_new_tokens=max_new_tokens, **kwargs)  # (groups * sequences, length)
-        written = written.unflatten(0, (len(embeds), -1))
-        pad = kwargs.get("pad_token_id", self.generation_config.pad_token_id)
-        ids = written.new_full(
-            (len(groups), *written.shape[1:]), self.config.text_config.eos_token_id if pad is None else pad
-        )
+        kwargs |= inputs | {"max_new_tokens": max_new_tokens, "return_dict_in_generate": False}
+        written = self.generate(**kwargs).unflatten(0, (len(embeds), -1))  # (groups, sequences, length)
+        fill = settings.get("pad_token_id")
+        if fill is None:  # as `generate` does
+            ends = settings.get("eos_token_id")
+            fill = ends[0] if isinstance(ends, (list, tuple)) else ends or 0
+        ids = written.new_full((len(groups), *written.shape[1:]), fill)
         ids[is_read.to(ids.device)] = written
         return ids.flatten(0, 1).unflatten(0, (len(thoughts), -1))
 

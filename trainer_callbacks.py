@@ -80,13 +80,17 @@ class CurriculumCallback(TrainerCallback):
         for dataset in self.datasets:
             check_ranks_agree(dataset, args.device)
         self._enter(int(state.epoch or 0), model, processing_class)
-        if self.curriculum.decodes_steps and self._hook is None:
+        self._unhook()  # of a run that was interrupted, maybe of another model
+        if self.curriculum.decodes_steps:
             self._hook = model.register_forward_hook(self._count_step_loss, with_kwargs=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leaves the model without the hook that reads its step loss."""
+        self._unhook()
+
+    def _unhook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
         self._hook = self._totals = None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import reference_step_losses
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from multicoco import MultiCoCoConfig, MultiCoCoForConditionalGeneration, MultiCoCoProcessor
 from multicoco.configuration_multicoco import BLOCK_MODES, MODES
@@ -258,6 +258,27 @@ def test_the_log_has_the_mean_step_loss_of_the_samples_that_have_one(run, data, 
     assert logits.shape[::2] == (7, model.config.text_config.vocab_size)
     assert features.ndim == 3
     assert result.metrics["test_loss"] > 0
+
+
+def test_after_an_interrupted_run_the_log_is_of_the_new_one(data, trails_start, trails_processor, tmp_path):
+    """`on_train_end` did not come: what the first run counted is forgotten, and the second model is looked at."""
+    curriculum = CurriculumArguments(**CURRICULUM, step_loss_weight=1.0)
+    dataset = StageDataset(data["train"], trails_processor, curriculum)
+    callback = CurriculumCallback(curriculum, dataset)
+    arguments = TrainingArguments(output_dir=str(tmp_path), remove_unused_columns=False, use_cpu=True)
+    state, losses, models = TrainerState(epoch=3.0), [], []
+    for _ in range(2):
+        model = MultiCoCoForConditionalGeneration.from_pretrained(trails_start).train()
+        callback.on_train_begin(arguments, state, None, model=model)
+        batch = ReasoningCollator(trails_processor)([dataset[index + len(losses)] for index in range(2)])
+        losses.append(float(model(**batch).step_loss.detach()))
+        models.append(model)
+    logs = {"loss": 1.0}
+    state.log_history = [logs]
+    callback.on_log(arguments, state, None, logs=logs)
+    assert logs["step_loss"] == pytest.approx(losses[1]) != pytest.approx(losses[0])
+    callback.on_train_end(arguments, state, None)
+    assert not any(model._forward_hooks for model in models)
 
 
 def answers(data, processor, asked, **settings):

@@ -212,6 +212,12 @@ def test_wrong_settings_are_named(wrong):
         CurriculumArguments(**wrong)
 
 
+def test_surplus_that_could_not_be_drawn_is_refused():
+    with pytest.raises(ValueError, match="`--draw_surplus` is true, but `--pad_latent_to_max` false"):
+        CurriculumArguments(draw_surplus=True, pad_latent_to_max=False)
+    CurriculumArguments(draw_surplus=True, pad_latent_to_max=False, final_stage=False)
+
+
 def draws(stage, count=3000, num_steps=4, **kwargs):
     curriculum = CurriculumArguments(**kwargs)
     return [draw_stage(curriculum, stage, num_steps, (7, 1, index)) for index in range(count)]

@@ -85,6 +85,23 @@ def test_a_layer_saves_what_the_formula_says(run, kind, part):
     assert (difference == 0) == (frozen and part == "vision")
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_sweeps_save_what_the_formula_says(padded):
+    """One sweep more saves one pass more over all thoughts but the last; more than change something are not made."""
+    batch, counted, expected = dataclasses.replace(NO_THOUGHTS, thoughts=6, padded=padded), [], []
+    for num_sweeps in (1, 2, 5, 9):
+        config = make_config()
+        config.thought_sweeps = num_sweeps
+        counted.append(saved_bytes(config, batch, {}, False))
+        estimate = estimate_memory(config, batch)
+        expected.append(estimate.language + estimate.vision + estimate.key_values)
+    assert counted[2] == counted[3]
+    assert expected[2] == expected[3]
+    for which in (1, 2):
+        growth = counted[which] - counted[0]
+        assert expected[which] - expected[0] == pytest.approx(growth, rel=0.03)
+
+
 @pytest.mark.parametrize(
     "name",
     [

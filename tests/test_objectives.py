@@ -16,7 +16,7 @@ from reference import (
     training,
     widened,
 )
-from transformers import Trainer, TrainingArguments
+from transformers import GenerationConfig, Trainer, TrainingArguments
 
 from multicoco.configuration_multicoco import CONTROL_FEEDBACK, FEEDBACKS
 from multicoco.curriculum import CurriculumArguments, draw_rationale
@@ -379,3 +379,25 @@ def test_thoughts_that_cannot_be_read_are_refused(model, thoughts):
     for wrong, settings in ((thoughts, {}), (thoughts[0], {}), (thoughts[:, :3], {"return_dict_in_generate": True})):
         with pytest.raises(ValueError, match="`thoughts` have shape.*in whole groups"):
             model.read_thoughts(wrong, **settings)
+
+
+def test_a_row_that_ends_within_a_group_is_refused(model, thoughts):
+    """Its last thought would be read beside zeros."""
+    ragged = thoughts.clone()
+    ragged[1, 1] = 0
+    with pytest.raises(ValueError, match="Row 1 of `thoughts` has 1 thoughts before its zeros.*`config.c_thought` 2"):
+        prepare(model, 2).read_thoughts(ragged)
+    assert prepare(model, 1).read_thoughts(ragged, max_new_tokens=2, pad_token_id=9)[1, 1:].eq(9).all()
+
+
+def test_settings_that_a_checkpoint_saved_are_taken(model, thoughts):
+    """As of `generate`: no padding token but two ends, a dictionary, more sequences than one."""
+    saved = prepare(model, 2).generation_config
+    saved.pad_token_id, saved.eos_token_id, saved.return_dict_in_generate = None, [7, 8], True
+    found = model.read_thoughts(thoughts, max_new_tokens=3, do_sample=False)
+    assert (found[2] == 7).all()
+    given = GenerationConfig(do_sample=True, num_return_sequences=2, pad_token_id=9, eos_token_id=7)
+    for count in (4, 2, 0):
+        found = model.read_thoughts(thoughts * (torch.arange(4) < count)[:, None], generation_config=given)
+        assert found.shape[:2] == (3, 4)
+    assert model.read_thoughts(thoughts, generation_config=given)[2].eq(9).all()

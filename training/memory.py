@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..configuration_multicoco import MultiCoCoConfig
+from ..configuration_multicoco import CONSTANT_FEEDBACKS, MultiCoCoConfig
 from ..curriculum import CurriculumArguments
 from ..data_multicoco import RecordShape, StageDataset
 from ..modeling_multicoco import MultiCoCoForConditionalGeneration
@@ -361,10 +361,14 @@ class _Segment:
 
 
 def _chunks(config: MultiCoCoConfig, batch: BatchShape) -> list[int]:
-    """Tokens of each pass of the language model, per sample."""
+    """Tokens of each pass of the language model, per sample, padded as the collator does."""
     prefix, suffix = batch.tiles * config.num_image_token + batch.text_tokens, batch.label_tokens
     if not batch.thoughts or config.thought_feedback == "latent_one_pass":
         return [prefix + batch.thoughts + suffix]
+    if config.thought_sweeps is not None:
+        num_sweeps = min(config.thought_sweeps, batch.thoughts - 1)
+        num_sweeps = 0 if config.thought_feedback in CONSTANT_FEEDBACKS else num_sweeps
+        return [prefix, *[batch.thoughts - 1] * num_sweeps, batch.thoughts + suffix]
     return [prefix, *[1] * (batch.thoughts - 1), 1 + suffix]
 
 
@@ -374,12 +378,15 @@ def _segments(
     """The forward of tower, projector, language model and head, in this order."""
     text, parts = config.text_config, weights.parts
     segments = _vision_segments(config, batch, run, weights) if batch.tiles else []
-    embeds = batch.samples * sum(chunks) * run.weight * text.hidden_size
+    length = batch.tiles * config.num_image_token + batch.text_tokens + batch.thoughts + batch.label_tokens
+    embeds = batch.samples * length * run.weight * text.hidden_size
     segments.append(_Segment("language", 0, embeds, "embedding", parts["embedding"].trained))
     norm = _rms_norm_bytes(text.hidden_size, run.weight if run.decoder_trained else 0)
     norm += 2 * run.weight * _head_dim(text)  # cosines and sines, which all layers share
     for number, chunk in enumerate(chunks):
-        layer = _layer_segment(text, batch, chunks, number, run, parts["layer"])
+        # No pass sees the keys of a sweep.
+        seen = [chunks[0], chunk] if number and config.thought_sweeps is not None else chunks
+        layer = _layer_segment(text, batch, seen, min(number, len(seen) - 1), run, parts["layer"])
         segments += [dataclasses.replace(layer, group=f"layer {index}") for index in range(parts["layer"].count)]
         segments.append(_Segment("language", batch.samples * chunk * norm, 0, "norm", parts["norm"].trained))
     logits = batch.samples * batch.label_tokens * (12 * text.vocab_size + run.act * text.hidden_size)

@@ -27,6 +27,8 @@ def memory_table(
     """Parts, sum and peak of the step that needs most memory: the longest records of the worst stage."""
     config = MultiCoCoConfig.from_pretrained(model_args.model_name_or_path)
     config.thought_feedback = feedback_of(dataset.curriculum.mode, config.thought_feedback)
+    if model_args.thought_sweeps is not None:
+        config.thought_sweeps = model_args.thought_sweeps or None
     config.text_config.vocab_size = max(config.text_config.vocab_size, len(processor.tokenizer))
     deepspeed = getattr(args, "hf_deepspeed_config", None)
     offload = deepspeed and deepspeed.get_value("zero_optimization.offload_param.device") == "cpu"
