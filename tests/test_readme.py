@@ -89,7 +89,9 @@ def test_commands_are_right(line, monkeypatch):
     assert (ROOT / script).is_file()
     for word in flags:
         if word.startswith(("recipes/", "ds_configs/")):
-            assert (ROOT / word).is_file(), word
+            path, _, function = word.partition(":")  # a flag FILE:FUNCTION
+            assert (ROOT / path).is_file(), word
+            assert f"def {function}" in (ROOT / path).read_text(encoding="utf-8"), word
     if script == "train.py":
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(arguments, "_prepare_deepspeed_on_cpu", list)  # would start a process group
