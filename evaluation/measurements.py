@@ -51,8 +51,10 @@ def read_lens(subject: Subject, num_thoughts: int, batch_size: int, top: int = 5
     for start in range(0, len(subject.records), batch_size):
         rows = range(start, min(start + batch_size, len(subject.records)))
         batch = subject.inputs(rows, num_thoughts, subject.encode(rows))
-        with torch.no_grad():  # every prompt ends in start marker, thoughts and end marker
-            logits = subject.model(**batch, logits_to_keep=num_thoughts + 2).logits[:, :num_thoughts]  # (rows, n, V)
+        with torch.no_grad():
+            # Not logits of the whole model: by `thought_sweeps` those are of states one sweep later than thoughts.
+            states = subject.model.model(**batch, use_cache=False, return_states=True).states  # (rows, n, D)
+            logits = subject.model.lm_head(states)  # (rows, n, V)
         found += logits.topk(top, dim=-1).indices.tolist()
     return found
 

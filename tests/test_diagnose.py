@@ -490,6 +490,21 @@ def test_the_lens_of_constant_thoughts_reads_the_states_before_them(scratch, mon
     assert lens[1] == model.lm_head(states)[-NUM_THOUGHTS - 2 : -2].topk(5).indices.tolist()
 
 
+def test_the_lens_of_sweeps_reads_the_thoughts_that_were_fed(scratch, monkeypatch):
+    """Not the states of the last pass, which are one sweep further."""
+    subject = scratch[0].subject
+    monkeypatch.setattr(subject.model.config, "thought_sweeps", 1)
+    with widened(), torch.no_grad():
+        lens = measurements.read_lens(subject, NUM_THOUGHTS, batch_size=4)
+        batch = subject.inputs(range(4), NUM_THOUGHTS, subject.encode(range(4)))
+        output = subject.model(**batch, return_thoughts=True)
+        expected, later = (
+            logits.topk(5).indices.tolist()
+            for logits in (subject.model.lm_head(output.thoughts), output.logits[:, -NUM_THOUGHTS - 2 : -2])
+        )
+    assert lens[:4] == expected != later
+
+
 def test_lens_hits_are_counted_on_the_step_that_a_thought_replaced():
     lens = [[[1, 9], [2, 3], [7, 4]], [[8, 1], [5, 5], [4, 4]]]
     steps = [[1, 3], [1]]

@@ -275,6 +275,22 @@ def test_mixed_stages_are_counted_with_the_steps_of_the_earliest(folder, trails_
     assert [shape.thoughts for shape in mixed] == [shape.thoughts for shape in plain]
 
 
+def test_the_worst_batch_is_that_of_the_longest_texts_too(processor):
+    """In the last stage steps are in no sample, but the step loss feeds them."""
+    rows = [("Where is it, and what is it, please tell me now?", "a"), ("Where?", "go up and up and left " * 9)]
+    records = [
+        {"id": number, "images": [], "question": question, "steps": [step, step], "answer": "red"}
+        for number, (question, step) in enumerate(rows)
+    ]
+    rules = CurriculumArguments(c_thought=1, max_latent_stage=3, final_stage=False, step_loss_weight=1.0)
+    dataset = StageDataset(records, processor, rules)
+    dataset.set_stage(3)
+    texts = ReasoningCollator(processor)([dataset[1]])["step_ids"]
+    shape = worst_batches(dataset, 1)[3]
+    assert shape.step_labels == (texts != -100).sum()
+    assert shape.step_tokens == 3 * texts.shape[2]  # a thought for the last token of each text
+
+
 def test_train_prints_the_worst_stage_and_stops_before_loading(folder, trails_processor, capsys):
     arguments = ["--model_name_or_path", folder / "start", "--train_file", folder / "trails" / "train.jsonl"]
     arguments += ["--output_dir", folder / "out", "--use_cpu", "--report_to", "none", "--estimate_memory"]

@@ -215,6 +215,8 @@ def _facts(config: MultiCoCoConfig, settings: Mapping[str, Any]) -> list[tuple[s
         ("thoughts for each written step", config.c_thought),
         ("how a state becomes a thought", f"`{config.thought_feedback}`"),
     ]
+    if config.thought_sweeps:
+        rows.append(("sweeps in which thoughts are computed together", config.thought_sweeps))
     if config.step_loss_weight:
         rows.append(("weight of the step loss", config.step_loss_weight))
     shown = ("mix", "samples", "epochs", "optimizer_steps", "global_batch_size", "learning_rate", "bf16", "seed")

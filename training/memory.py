@@ -259,7 +259,8 @@ def worst_batches(dataset: StageDataset, batch_size: int) -> list[BatchShape]:
 
 
 def _first(rows: list[_Row], count: int, visual: int) -> list[_Row]:
-    return sorted(rows, key=lambda row: row[0] * visual + sum(row[1:4]), reverse=True)[:count]
+    """Those with the most tokens to feed, with the texts of their groups."""
+    return sorted(rows, key=lambda row: row[0] * visual + sum(row[1:4]) + row[4] * row[5], reverse=True)[:count]
 
 
 def _longest(shape: RecordShape, stage: int, curriculum: CurriculumArguments) -> _Row:
