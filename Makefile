@@ -4,7 +4,7 @@ BIN := .venv/bin
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2
 BASELINES := plain cot no_cot no_thoughts pause pause_loop
 
-.PHONY: env trails train baselines truth beyond test test-clients check-records release-check quality style clean
+.PHONY: env trails train baselines truth beyond test test-first test-second test-clients check-records release-check quality style clean
 
 env: .venv/installed
 
@@ -36,8 +36,15 @@ truth: trails
 beyond: env
 	$(BIN)/python recipes/trails/beyond.py
 
+# In two halves side by side: alone, most of a test run leaves the second core idle.
 test: env
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	$(MAKE) --no-print-directory -j2 --output-sync=none test-first test-second
+
+FIRST_TESTS := $(sort $(wildcard tests/test_[a-h]*.py))
+test-first: PYTEST_FILES := $(FIRST_TESTS)
+test-second: PYTEST_FILES := $(filter-out $(FIRST_TESTS),$(sort $(wildcard tests/test_*.py)))
+test-first test-second: env
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_FILES)
 
 # Other people's programs on the trained checkpoint of the tests, in an environment of their own.
 .venv-clients/installed: setup.cfg pyproject.toml constraints-clients.txt
