@@ -80,11 +80,12 @@ def reference_embeds(model, input_ids, pixel_values, edit_thoughts=None, upto=No
             thought = model.model.language_model(inputs_embeds=prefix, use_cache=False).last_hidden_state[0, -1]
             if model.config.thought_feedback == "rms_match":
                 thought = thought * (embeds[position].square().mean() / thought.square().mean()).sqrt()
+            is_control = model.config.thought_feedback.startswith("latent")
+            fed = embeds[position] if is_control else thought  # a control feeds its embedding
             if edit_thoughts is not None:
-                thought = edit_thoughts(thought[None], len(thoughts))[0]
-            thoughts.append(thought)
-            if not model.config.thought_feedback.startswith("latent"):  # a control feeds its embedding, as it is
-                embeds[position] = thought
+                fed = edit_thoughts(fed[None], len(thoughts))[0]
+            embeds[position] = fed
+            thoughts.append(thought if is_control else fed)  # of a control what would have been one
     return torch.stack(embeds), thoughts
 
 
