@@ -176,7 +176,7 @@ def test_estimates_in_the_table_of_benchmarks_are_those_of_the_formula(name):
     expected = benchmark.estimate(case, make_config(case.text, case.vision))
     states = expected.weights + expected.gradients + expected.optimizer
     sizes = [f"{value / 2**20:.2f}" for value in (states, expected.total, expected.peak)]
-    assert [row[:3] for row in rows_of("benchmarks/README.md", name)] == [sizes]
+    assert [row[:3] for row in rows_of("docs/figures.md", name)] == [sizes]
 
 
 def test_zero_stages_divide_what_they_shard():
