@@ -40,7 +40,7 @@ beyond: env
 test: env
 	$(MAKE) --no-print-directory -j2 --output-sync=none test-first test-second
 
-FIRST_TESTS := $(sort $(wildcard tests/test_[a-h]*.py))
+FIRST_TESTS := $(sort $(wildcard tests/test_[a-k]*.py))
 test-first: PYTEST_FILES := $(FIRST_TESTS)
 test-second: PYTEST_FILES := $(filter-out $(FIRST_TESTS),$(sort $(wildcard tests/test_*.py)))
 test-first test-second: env

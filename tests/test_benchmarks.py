@@ -14,7 +14,11 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 @pytest.mark.parametrize(
     ("script", "rows", "num_verdicts"),
     [
-        ("passes.py", ["native", "multicoco", "native, checkpointing", "multicoco, checkpointing", "6 groups of 10 tokens"], 6),
+        (
+            "passes.py",
+            ["native", "multicoco", "native, checkpointing", "multicoco, checkpointing", "6 groups of 10 tokens"],
+            6,
+        ),
         ("generation.py", ["native", "multicoco", "Coconut's way"], 2),
     ],
     ids=["passes", "generation"],
