@@ -222,13 +222,16 @@ def run(name: str, folder: Path, plan: dict) -> dict:
     with widened() if strategy.dtype == torch.float64 else contextlib.nullcontext():
         with logged(strategy.model, results) if name == "ddp" else contextlib.nullcontext():
             for step, num_labels in plan["steps"].items():
+                strategy.model.config.thought_sweeps = plan["sweeps"].get(step)
                 train(strategy, folder, step, num_labels, False, results)
         for step, num_labels in plan["steps"].items():
+            strategy.model.config.thought_sweeps = plan["sweeps"].get(step)
             evaluate(strategy, folder, step, num_labels, results)
         if name == "zero3":  # between training steps, as in a Trainer
             for prompt, case in plan["prompts"].items():
                 generate(strategy, folder, prompt, case, results)
         for step, num_labels in plan["steps"].items():
+            strategy.model.config.thought_sweeps = plan["sweeps"].get(step)
             train(strategy, folder, step, num_labels, True, results)
     if name == "ddp":
         count(folder, plan, results)

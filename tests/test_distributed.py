@@ -62,6 +62,14 @@ STEPS = {
         dict(num_thoughts=(2, 1), images=((), (1,)), padding="right"),
         dict(num_thoughts=(1,), images=((),), answer_lengths=(0,)),
     ),
+    "in_sweeps": (  # as many as the most thoughts, so that the definition is that of passes
+        dict(num_thoughts=(1, 0), images=((1,), ())),
+        dict(num_thoughts=(2, 4), images=((), ()), padding="right"),
+    ),
+    "in_sweeps_on_one_rank": (
+        dict(num_thoughts=(3, 1), images=((1,), (2,))),
+        dict(num_thoughts=(0, 0), images=((), ())),
+    ),
     "no_image_anywhere": (
         dict(num_thoughts=(1, 2), images=((), ())),
         dict(num_thoughts=(2,), images=((),)),
@@ -71,11 +79,13 @@ STEPS = {
         dict(num_thoughts=(0,), images=((),)),
     ),
 }
+SWEEPS = {"in_sweeps": 4, "in_sweeps_on_one_rank": 3}
 # The lengths of the texts that the thoughts of each rank's samples stand for; without them there is no step loss.
 TEXTS = {
     "other_counts_and_no_image": (((2, 1, 3), (4,)), ((2,), ())),
     "no_thought_on_one_rank": (((2, 2), (1, 0, 3)), ((),)),
     "more_passes_where_no_image_is": (((), ()), ((1, 3), (2, 1, 1, 2))),
+    "in_sweeps": (((1,), ()), ((1, 3), (2, 1, 1, 2))),
     "no_label_on_one_rank": (((2,), (3,)), ((),)),
     "no_thought_anywhere": (((), ()), ((),)),
 }
@@ -117,6 +127,7 @@ class Workspace:
         self.checkpoints = {"grown": CHECKPOINT, "padded": folder / "padded"}
         plan = {
             "steps": {name: sum(self.num_labels(name)) for name in STEPS},
+            "sweeps": SWEEPS,
             "prompts": {name: settings for name, (_, settings) in PROMPTS.items()},
             "seconds": CLOCKS,
             "checkpoints": {name: str(path) for name, path in self.checkpoints.items()},
