@@ -67,10 +67,12 @@ def generate_from(model, prompts, **settings):
 
 @pytest.mark.parametrize("padding", ["aligned", "left", "right"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-def test_loss_and_adapter_gradients_match_full_recompute(lora_model, make_batch, padding, checkpointing):
+@pytest.mark.parametrize("num_sweeps", [None, 2], ids=["passes", "sweeps"])
+def test_loss_and_adapter_gradients_match_full_recompute(lora_model, make_batch, padding, checkpointing, num_sweeps):
     batch = make_batch(num_thoughts=(3, 0, 2), images=((1,), (), (2, 1)), padding=padding)
     base = lora_model.base_model.model
     expected_loss, expected = loss_and_grads(lora_model, lambda: reference_loss(base, batch))
+    base.config.thought_sweeps = num_sweeps  # two make all three thoughts exact
     with training(lora_model), training(base, checkpointing):
         loss, grads = loss_and_grads(lora_model, lambda: lora_model(**model_inputs(batch)).loss)
     torch.testing.assert_close(loss, expected_loss, atol=1e-11, rtol=0)
