@@ -12,6 +12,7 @@ The file is YAML or JSON with the names of the flags. Everything of transformers
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import set_seed
 
@@ -22,10 +23,9 @@ from multicoco.trainer_callbacks import (
     AnswerCallback,
     CompletionCallback,
     CurriculumCallback,
-    last_complete_checkpoint,
 )
 from multicoco.training.arguments import parse
-from multicoco.training.loading import load_model
+from multicoco.training.loading import find_checkpoint, load_model
 from multicoco.training.results import (
     make_judge,
     memory_table,
@@ -35,6 +35,9 @@ from multicoco.training.results import (
     write_settings,
 )
 from multicoco.training.trainer import StageTrainer
+
+
+REPORTS = ("settings.json", "results.json", "results.png", "README.md")  # those of an earlier run speak of its model
 
 
 def main(words: Sequence[str] | None = None) -> StageTrainer | None:
@@ -100,22 +103,23 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
         callbacks=callbacks,
         curriculum=curriculum,
     )
-    resume, output_dir = args.resume_from_checkpoint, str(args.output_dir)
-    if resume in ("true", "True", "last"):
-        resume = last_complete_checkpoint(output_dir)
-    trainer.train(resume_from_checkpoint=resume)
+    output_dir = str(args.output_dir)
+    trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    trainer.save_model(_internal_call=True)  # first: without it nothing may look finished
     trainer.save_state()
     if is_main:
+        for name in REPORTS:
+            (Path(output_dir) / name).unlink(missing_ok=True)
         write_settings(settings, trainer)
         write_results(trainer.state.log_history, output_dir)
         if table := results_table(trainer.state.log_history):
             print(f"\n{table}")
-        print(f"\nmodel, results.json and results.png are in {output_dir}")
-        if model_args.lora_rank:
-            model.config.save_pretrained(output_dir)  # peft saves the adapters only
-    trainer.save_model()  # with `--push_to_hub` it also makes the card and sends the folder
-    if not args.push_to_hub:
+    if args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save")  # makes the card, and sends the folder
+    else:
         trainer.create_model_card()
+    if is_main:
+        print(f"\nmodel, results.json and results.png are in {output_dir}")
     return trainer
 
 
