@@ -142,6 +142,12 @@ class CurriculumArguments:
         """Epochs of the whole schedule. The modes without stages get as many, so that all train equally long."""
         return self.first_epochs + (self._most_stages - self.first_latent_stage + 1) * self.epochs_per_stage
 
+    @property
+    def starts(self) -> list[int]:
+        """The epochs that the stages of the schedule begin with, 0 first. The modes without stages have the same."""
+        later = range(self._most_stages - self.first_latent_stage + 1)
+        return [0, *(self.first_epochs + self.epochs_per_stage * number for number in later)]
+
     def stage(self, epoch: int) -> int:
         """The scheduled stage of an epoch (from 0); a pure function, so that a resumed run finds it by itself."""
         if epoch < self.first_epochs:

@@ -30,6 +30,7 @@ from multicoco.training.results import (
     make_judge,
     memory_table,
     results_table,
+    schedule_table,
     settings_table,
     write_results,
     write_settings,
@@ -100,6 +101,9 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
         callbacks=callbacks,
         curriculum=curriculum,
     )
+    schedule = schedule_table(trainer)
+    if is_main:
+        print(f"\n{schedule}")
     resume, output_dir = args.resume_from_checkpoint, str(args.output_dir)
     if resume in ("true", "True", "last"):
         resume = last_complete_checkpoint(output_dir)

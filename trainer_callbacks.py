@@ -79,6 +79,12 @@ class CurriculumCallback(TrainerCallback):
             raise ValueError("`remove_unused_columns` is True, but the collator reads `images`. Set it to False.")
         for dataset in self.datasets:
             check_ranks_agree(dataset, args.device)
+        ends_in, last = self.curriculum.stage(max(0, state.num_train_epochs - 1)), self.curriculum.last_stage
+        if ends_in < last:
+            logger.warning(
+                f"The run ends in stage {ends_in} of {last}: steps that later stages replace stay written words. The "
+                f"whole schedule has {self.curriculum.num_epochs} epochs (`num_train_epochs`, without `max_steps`)."
+            )
         self._enter(int(state.epoch or 0), model, processing_class)
         self._unhook()  # of a run that was interrupted, maybe of another model
         if self.curriculum.decodes_steps:

@@ -209,7 +209,10 @@ def logged(model, results):
     """The step loss that the callback logs of the training inside."""
     curriculum = CurriculumArguments(c_thought=1, step_loss_weight=model.config.step_loss_weight, epochs_stage_0=0)
     callback, logs = CurriculumCallback(curriculum), {"loss": 0.0}
-    args, state = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(epoch=0, log_history=[{}])
+    args, state = (
+        SimpleNamespace(device=torch.device("cpu")),
+        SimpleNamespace(epoch=0, num_train_epochs=1, log_history=[{}]),
+    )
     callback.on_train_begin(args, state, None, model=model)
     yield
     callback.on_log(args, state, None, logs=logs)

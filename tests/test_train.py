@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -274,6 +275,53 @@ def test_the_learning_rate_starts_again_at_each_stage(whole):
 def test_a_schedule_that_is_cut_short_has_the_same_rates(folder, whole):
     short = history(run_here(folder, "short", "--max_steps", 7))
     assert [entry["learning_rate"] for entry in short] == [entry["learning_rate"] for entry in history(whole)[:7]]
+
+
+def starts_of_stages(log):
+    return [
+        index
+        for index, entry in enumerate(log)
+        if index and entry["curriculum/stage"] != log[index - 1]["curriculum/stage"]
+    ]
+
+
+def test_rates_start_again_where_stages_begin_however_steps_are_counted(folder):
+    """24 boards in batches of 5, the last ones dropped: 4 steps an epoch, not 5."""
+    flags = ("--per_device_train_batch_size", 5, "--dataloader_drop_last", "--answer_every", "end")
+    log = history(run_here(folder, "dropped", *flags))
+    rates = [entry["learning_rate"] for entry in log]
+    assert starts_of_stages(log) == [8, 12]
+    assert [step for step in range(1, len(rates)) if rates[step] > rates[step - 1]] == [8, 12]
+
+
+def test_the_last_stage_has_one_cosine_however_long_it_is(folder):
+    log = history(run_here(folder, "longer", "--num_train_epochs", 6, "--answer_every", "end"))
+    rates = [entry["learning_rate"] for entry in log]
+    assert [step for step in range(1, len(rates)) if rates[step] > rates[step - 1]] == starts_of_stages(log) == [6, 9]
+
+
+def test_by_default_the_rate_comes_down_in_the_second_half_of_the_last_stage(folder, capsys):
+    flags = ("--restart_schedule", "false", "--num_train_epochs", 7, "--warmup_steps", 2, "--answer_every", "end")
+    log = history(run_here(folder, "default", *flags))
+    rates = torch.tensor([entry["learning_rate"] for entry in log]) / 1e-3
+    assert starts_of_stages(log) == [6, 9]  # and so the last stage has steps 9 to 20
+    torch.testing.assert_close(rates[:3], torch.tensor([0.0, 0.5, 1.0]))
+    torch.testing.assert_close(rates[3:16], torch.ones(13))  # six steps come down
+    assert (rates[16:].diff() < 0).all()
+    assert 0 < rates[20] < 0.1
+    table = capsys.readouterr().out
+    assert re.search(r"2 +2 +4 - 7 +10 - 21 +1\.00e-03, 1\.00e-03, 6\.70e-05", table)  # as it says before it begins
+
+
+def test_a_short_run_speaks_and_says_which_stages_will_not_come(folder, caplog):
+    settings = yaml.safe_load((folder / "settings.yaml").read_text())
+    del settings["logging_steps"]
+    (folder / "defaults.yaml").write_text(yaml.safe_dump(settings))
+    for name, number, expected in (("short_default", 12, 12), ("ends_early", 6, 6)):
+        caplog.clear()
+        train.main([str(folder / "defaults.yaml"), "--output_dir", str(folder / name), "--max_steps", str(number)])
+        assert len(history(folder / name)) == expected
+        assert ("The run ends in stage 0 of 2" in caplog.text) == (name == "ends_early")
 
 
 @pytest.mark.parametrize("mode", ["cot", "no_cot", "no_thoughts", "pause", "pause_loop"])

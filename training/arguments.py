@@ -3,11 +3,12 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from ..compat import leave_out_shm_kernel
 from ..configuration_multicoco import CONTROL_FEEDBACK, STATE_FEEDBACKS
@@ -86,13 +87,33 @@ class DataArguments(RecordArguments):
         return processor
 
 
+def _default(name: str, value: Any) -> Any:
+    """A setting of `TrainingArguments` with another default."""
+    return field(default=value, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
+
+
+@dataclass
+class CoconutArguments(TrainingArguments):
+    """
+    transformers' settings of a training, with the defaults of the method. A rate that comes down over all epochs, as
+    the library's does, would starve the last stage, which is the one that is used; and the loss of thoughts falls only
+    while the rate comes down. So it warms up, stays, and comes down over the last half of the last stage.
+    """
+
+    lr_scheduler_type: SchedulerType | str = _default("lr_scheduler_type", "warmup_stable_decay")
+    warmup_steps: float = _default("warmup_steps", 0.03)
+    logging_steps: float = _default("logging_steps", 10)
+    save_strategy: SaveStrategy | str = _default("save_strategy", "epoch")
+    save_total_limit: int | None = _default("save_total_limit", 2)
+
+
 class Settings(NamedTuple):
     """All settings of a run, and where each that was given comes from: a file, the command line, the curriculum."""
 
     model: ModelArguments
     data: DataArguments
     curriculum: CurriculumArguments
-    training: TrainingArguments
+    training: CoconutArguments
     sources: dict[str, str]
 
 
@@ -103,9 +124,7 @@ def parse(description: str | None, arguments: Sequence[str]) -> Settings:
     Raises:
         ValueError: a value out of range, or see [`~evaluation.settings.find_settings`].
     """
-    parser = make_parser(
-        ModelArguments, DataArguments, CurriculumArguments, TrainingArguments, description=description
-    )
+    parser = make_parser(ModelArguments, DataArguments, CurriculumArguments, CoconutArguments, description=description)
     words, sources = find_settings(parser, arguments)
     if not torch.accelerator.is_available():
         words.append("--use_cpu")  # else accelerate takes the processes of torchrun for runs of their own

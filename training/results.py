@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,23 @@ def memory_table(
     lines.append(
         "\nNot all parts are at their largest at once: the peak counts. CUDA and NCCL take one or two GiB more."
     )
+    return "\n".join(lines)
+
+
+def schedule_table(trainer: StageTrainer) -> str:
+    """The stages that a run will go through, in steps, with their thoughts and learning rates."""
+    plan, curriculum, args = trainer.plan(), trainer.curriculum, trainer.args
+    lines = [
+        f"{plan.max_steps} optimizer steps of {plan.batch_size} samples; an epoch of {len(trainer.train_dataset)} "
+        f"samples has {plan.steps_per_epoch}\n",
+        f"{'stage':>5}  {'thoughts':>8}  {'epochs':>9}  {'steps':>15}  learning rate at its first step, highest, last",
+    ]
+    for stage, first, stop in plan.stages:
+        rates = [args.learning_rate * factor(step) for factor in plan.factors[:1] for step in range(first, stop)]
+        told = ", ".join(f"{rate:.2e}" for rate in (rates[0], max(rates), rates[-1])) if rates else "set by the run"
+        epochs = f"{first // plan.steps_per_epoch + 1} - {math.ceil(stop / plan.steps_per_epoch)}"
+        thoughts, steps = curriculum.num_thoughts(stage) or 0, f"{first + 1} - {stop}"
+        lines.append(f"{stage:>5}  {thoughts:>8}  {epochs:>9}  {steps:>15}  {told}")
     return "\n".join(lines)
 
 

@@ -1,27 +1,38 @@
 """The trainer: the stock one, with schedules by stage, its speed in the log, and our model card. Asks nothing.
 
-It knows no settings file.
+It knows settings as a dataclass, no file of them.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from time import perf_counter
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+from transformers.optimization import get_scheduler
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import SchedulerType
+from transformers.utils import logging
 
 from ..compat import put_first, set_scheduler, world_size
 from ..curriculum import CurriculumArguments
 from ..data_multicoco import StageDataset
 from ..trainer_callbacks import AnswerCallback
+from .arguments import CoconutArguments
 
 
+logger = logging.get_logger(__name__)
+
+# The library's and ours: who asks for another schedule is told if it is not used.
+DEFAULT_SCHEDULES = (SchedulerType.LINEAR, SchedulerType.WARMUP_STABLE_DECAY)
 SPEED = "speed/"  # begins the names of what depends on the time a run took
 
 
@@ -108,6 +119,32 @@ class Throughput:
             for name, count in zip(names, counts, strict=True)
         }
         return {**rates, f"{SPEED}waiting": waiting / seconds}
+
+
+def restarting(starts: Sequence[int], warmup: int) -> Callable[[int], float]:
+    """
+    The factor of the learning rate at a step: from each of `starts`, of which the last is the end, `warmup` steps up
+    and a cosine down to a tenth.
+    """
+
+    def factor(step: int) -> float:
+        number = bisect_right(starts[:-1], step)
+        done, length = step - starts[number - 1], starts[number] - starts[number - 1]
+        cosine = 0.5 * (1 + math.cos(math.pi * done / length))
+        return min(1.0, (done + 1) / max(1, warmup)) * (0.1 + 0.9 * cosine)
+
+    return factor
+
+
+@dataclass
+class RunPlan:
+    """What a training will do, known before it begins."""
+
+    steps_per_epoch: int
+    max_steps: int
+    batch_size: int  # samples of an optimizer step, of all ranks
+    stages: list[tuple[int, int, int]]  # each that is reached: its number, its first step (from 0), the step behind it
+    factors: Sequence[Callable[[int], float]]  # of the learning rate at a step; empty if the run itself sets it
 
 
 class StageTrainer(Trainer):
@@ -209,20 +246,51 @@ class StageTrainer(Trainer):
                 tags=[tags] if isinstance(tags, str) else tags or (),
             )
 
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
+        """As [`~transformers.Trainer.set_initial_training_values`], whose steps of an epoch the schedules go by."""
+        values = super().set_initial_training_values(args, dataloader)
+        self.steps_per_epoch, max_steps = values[1], values[-1]
+        if isinstance(args, CoconutArguments) and args.logging_steps == CoconutArguments.logging_steps:
+            args.logging_steps = max(1, min(args.logging_steps, max_steps // 10))  # a small run speaks too
+        return values
+
+    def plan(self) -> RunPlan:
+        """The stages and the learning rate of a training, without beginning one."""
+        values = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        per_epoch, batch_size, max_steps = values[1], values[4], values[6]
+        stages = []
+        numbers = range(math.ceil(max_steps / per_epoch))
+        for stage, epochs in groupby(numbers, self.curriculum.stage):
+            first, *later = epochs
+            stop = (later[-1] if later else first) + 1
+            stages.append((stage, first * per_epoch, min(stop * per_epoch, max_steps)))
+        scheduler = self._make_schedule(max_steps, SGD([torch.zeros(1)], lr=self.args.learning_rate))
+        return RunPlan(per_epoch, max_steps, batch_size, stages, getattr(scheduler, "lr_lambdas", ()))
+
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """As [`~transformers.Trainer.create_scheduler`]; with `restart_schedule` warm-up and cosine for each stage."""
-        if self.lr_scheduler is None and self.curriculum.restart_schedule:
-            batch_size = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-            steps_per_epoch = math.ceil(len(self.train_dataset) / batch_size)
-            warmup = self.args.get_warmup_steps(num_training_steps)
-            first = self.curriculum.first_epochs * steps_per_epoch
-            later = self.curriculum.epochs_per_stage * steps_per_epoch
-
-            def factor(step: int) -> float:
-                length = first if step < first else later
-                done = step if step < first else (step - first) % later
-                cosine = 0.5 * (1 + math.cos(math.pi * done / length))
-                return min(1.0, (done + 1) / max(1, warmup)) * (0.1 + 0.9 * cosine)
-
-            set_scheduler(self, LambdaLR(optimizer or self.optimizer, factor))
+        """
+        As [`~transformers.Trainer.create_scheduler`]; with `restart_schedule` warm-up and cosine for each stage, and
+        `warmup_stable_decay` that is not told its steps goes down over the last half of the stage that a run ends in.
+        """
+        if self.lr_scheduler is None:
+            set_scheduler(self, self._make_schedule(num_training_steps, optimizer or self.optimizer))
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _make_schedule(self, num_training_steps: int, optimizer: Optimizer) -> LRScheduler:
+        args, curriculum = self.args, self.curriculum
+        warmup = args.get_warmup_steps(num_training_steps)
+        starts = [epoch * self.steps_per_epoch for epoch in curriculum.starts]
+        if curriculum.restart_schedule:
+            if args.lr_scheduler_type not in DEFAULT_SCHEDULES:
+                logger.warning(
+                    f"`--lr_scheduler_type {args.lr_scheduler_type.value}` is not used: with `--restart_schedule` "
+                    "each stage has a warm-up and a cosine."
+                )
+            end = max(num_training_steps, curriculum.num_epochs * self.steps_per_epoch)
+            return LambdaLR(optimizer, restarting([*starts, end], warmup))
+        own = dict(args.lr_scheduler_kwargs or {})
+        is_told = "num_decay_steps" in own or "num_stable_steps" in own
+        if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not is_told:
+            begun = max(start for start in starts if start < num_training_steps)
+            own["num_decay_steps"] = min((num_training_steps - begun + 1) // 2, num_training_steps - warmup)
+        return get_scheduler(args.lr_scheduler_type, optimizer, warmup, num_training_steps, own)
