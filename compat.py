@@ -108,6 +108,24 @@ def most_of_all_ranks(count: int, device: torch.device) -> int:
     return int(most)
 
 
+def is_finite(model: nn.Module, device: torch.device) -> bool:
+    """
+    Whether all parameters of a model are numbers, on all ranks; each must call it. Of what is sharded every rank looks
+    at its own part. It waits for the device.
+
+    Upstream: a model that says so, however it is sharded.
+    """
+    defects = torch.zeros((), device=device)
+    for param in model.parameters():
+        own: Any = getattr(param, "ds_tensor", param)
+        own = own.to_local() if hasattr(own, "to_local") else own
+        if own.is_floating_point():
+            defects += (~torch.isfinite(own.detach())).any().to(defects)
+    if world_size() > 1:
+        dist.all_reduce(defects)
+    return not defects.item()
+
+
 def gathered(weight: torch.Tensor) -> AbstractContextManager[Any]:
     """
     The whole of a parameter that ZeRO-3 has partitioned; what is written to it on rank 0 reaches all.

@@ -78,7 +78,7 @@ from .passes import (
 from .processing_multicoco import RESERVED_TOKENS, MultiCoCoProcessor, plain_processor, prepare_tokenizer
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
 
 
 @dataclass

@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .compat import add_to_log, delete_first, most_of_all_ranks, rank, world_size
+from .compat import add_to_log, delete_first, is_finite, most_of_all_ranks, rank, world_size
 from .curriculum import CurriculumArguments
 from .data_multicoco import ReasoningCollator, StageDataset
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
 
 COMPLETE = "complete"  # the file that marks a checkpoint
 
@@ -47,6 +47,27 @@ def check_ranks_agree(dataset: StageDataset, device: torch.device) -> None:
             )
 
 
+def diverged(args: TrainingArguments, state: TrainerState, what: str) -> FloatingPointError:
+    """The error that ends a training whose numbers are none."""
+    good = last_complete_checkpoint(str(args.output_dir))
+    return FloatingPointError(
+        f"Step {state.global_step}: the training has diverged ({what}), so nothing more is saved. The last good "
+        f"checkpoint is {good or 'the model it started from'}. Lower `learning_rate` (now {args.learning_rate}), or "
+        "raise `warmup_steps`, and start again from there."
+    )
+
+
+def check_finite(args: TrainingArguments, state: TrainerState, model: Any) -> None:
+    """
+    Checks that all weights are numbers, which waits for the device; every rank must call it.
+
+    Raises:
+        FloatingPointError: on all of them, if some are not.
+    """
+    if not is_finite(model, args.device):
+        raise diverged(args, state, "some of its weights are NaN or infinite")
+
+
 class CurriculumCallback(TrainerCallback):
     """
     Moves the data to the stage of the epoch that begins, and keeps the model's configuration in step with it.
@@ -62,6 +83,7 @@ class CurriculumCallback(TrainerCallback):
     def __init__(self, curriculum: CurriculumArguments, *datasets: StageDataset):
         self.curriculum, self.datasets = curriculum, datasets
         self.stage = 0
+        self._is_new = False  # whether no loss of the stage has been logged
         self._totals: torch.Tensor | None = None  # since the last log: of step losses times labels, and of labels
         self._hook: Any = None
 
@@ -91,10 +113,16 @@ class CurriculumCallback(TrainerCallback):
             self._hook = model.register_forward_hook(self._count_step_loss, with_kwargs=True)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """Leaves the model without the hook that reads its step loss."""
+        """Leaves the model without the hook that reads its step loss; raises if its weights are no numbers."""
         self._unhook()
+        check_finite(args, state, model)
 
     def _unhook(self) -> None:
         if self._hook is not None:
@@ -137,7 +165,7 @@ class CurriculumCallback(TrainerCallback):
         resumed_inside = (state.epoch or 0) % 1 > 0  # the epoch began before the interruption
         if epoch == 0 or resumed_inside:
             return
-        is_new_stage = self.stage != self.curriculum.stage(epoch - 1)
+        self._is_new = is_new_stage = self.stage != self.curriculum.stage(epoch - 1)
         every = self.curriculum.reset_optimizer_every
         if every == "epoch" or (every == "stage" and is_new_stage):
             reset_optimizer(optimizer)
@@ -149,14 +177,25 @@ class CurriculumCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: Any = None,
+        model: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the stage, its number of thoughts and the step loss to a logged loss."""
+        """Adds the stage, its number of thoughts and the step loss to a logged loss; raises if that is no number."""
         if "loss" in logs:
             num_thoughts = self.curriculum.num_thoughts(self.stage) or 0
             steps = self._step_loss(args.device) if self.curriculum.decodes_steps else {}
             stage = {"curriculum/stage": self.stage, "curriculum/num_thoughts": num_thoughts}
             add_to_log(state, logs, steps | stage)
+            if not math.isfinite(logs["loss"]) or not (args.fp16 or math.isfinite(logs.get("grad_norm", 0.0))):
+                raise diverged(args, state, f"loss {logs['loss']}, norm of the gradient {logs.get('grad_norm')}")
+            guessing = math.log(model.config.get_text_config().vocab_size)
+            if self._is_new and logs["loss"] > guessing * (1 + self.curriculum.step_loss_weight):
+                logger.warning(
+                    f"Step {state.global_step}: with stage {self.stage} the loss has jumped to {logs['loss']:.3g}, "
+                    f"more than guessing has ({guessing:.3g} a token). If it stays there, lower `learning_rate`, give "
+                    "stages a warm-up (`restart_schedule`), or keep the moments (`reset_optimizer_every never`)."
+                )
+            self._is_new = False
 
     def on_save(
         self,
@@ -166,7 +205,8 @@ class CurriculumCallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Saves the configuration where the trainer has not."""
+        """Saves the configuration where the trainer has not; raises if the weights are no numbers."""
+        check_finite(args, state, model)
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and not (folder / "config.json").exists():  # of adapters, peft saves no config
             model.config.save_pretrained(folder)

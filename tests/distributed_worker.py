@@ -215,7 +215,7 @@ def logged(model, results):
     )
     callback.on_train_begin(args, state, None, model=model)
     yield
-    callback.on_log(args, state, None, logs=logs)
+    callback.on_log(args, state, None, logs=logs, model=model)
     callback.on_train_end(args, state, None, model=model)
     results["logged.step_loss"] = torch.tensor([logs["step_loss"]], dtype=torch.float64)
 

@@ -275,9 +275,9 @@ def test_after_an_interrupted_run_the_log_is_of_the_new_one(data, trails_start, 
         models.append(model)
     logs = {"loss": 1.0}
     state.log_history = [logs]
-    callback.on_log(arguments, state, None, logs=logs)
+    callback.on_log(arguments, state, None, logs=logs, model=model)
     assert logs["step_loss"] == pytest.approx(losses[1]) != pytest.approx(losses[0])
-    callback.on_train_end(arguments, state, None)
+    callback.on_train_end(arguments, state, None, model=model)
     assert not any(model._forward_hooks for model in models)
 
 

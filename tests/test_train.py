@@ -16,6 +16,7 @@ from conftest import CHECKPOINT
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
+from transformers.utils import logging
 
 from multicoco import CurriculumArguments, MultiCoCoConfig, MultiCoCoForConditionalGeneration, train
 from multicoco.evaluation.settings import find_settings, make_parser
@@ -205,6 +206,22 @@ def test_the_card_takes_by_name_only_what_the_run_does_not_say(tmp_path):
         trainer.create_model_card(language="en", dataset="mine", tasks=None)
 
 
+def test_verbosity_of_the_library_is_that_of_every_logger_here():
+    found = [
+        module.logger
+        for name, module in sys.modules.items()
+        if name.startswith("multicoco") and hasattr(module, "logger")
+    ]
+    assert len(found) >= 7
+    before = logging.get_verbosity()
+    try:
+        for level in (logging.ERROR, logging.INFO):
+            logging.set_verbosity(level)
+            assert {logger.getEffectiveLevel() for logger in found} == {level}
+    finally:
+        logging.set_verbosity(before)
+
+
 def test_a_file_that_holds_no_names_is_refused(write):
     with pytest.raises(ValueError, match="holds a list"):
         parse(None, [write("a.yaml", ["mode"])])
@@ -322,6 +339,23 @@ def test_a_short_run_speaks_and_says_which_stages_will_not_come(folder, caplog):
         train.main([str(folder / "defaults.yaml"), "--output_dir", str(folder / name), "--max_steps", str(number)])
         assert len(history(folder / name)) == expected
         assert ("The run ends in stage 0 of 2" in caplog.text) == (name == "ends_early")
+
+
+@pytest.mark.parametrize("seen_in", ["log", "checkpoint", "end"])
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(folder, seen_in):
+    """The first step has a rate of 0 and is good; all after it have weights that are no numbers."""
+    name = f"diverged-{seen_in}"
+    flags = ["--learning_rate", "1e40", "--restart_schedule", "false", "--warmup_steps", "10", "--max_grad_norm", "0"]
+    flags += ["--answer_every", "end", "--max_steps", "4", "--logging_steps", "1" if seen_in == "log" else "100"]
+    flags += ["--save_strategy", "no" if seen_in == "end" else "steps", "--save_steps", "1"]
+    with pytest.raises(
+        FloatingPointError, match=r"Step \d: the training has diverged.*Lower `learning_rate`"
+    ) as error:
+        run_here(folder, name, *flags)
+    good = str(folder / name / "checkpoint-1")
+    assert last_complete_checkpoint(folder / name) == (None if seen_in == "end" else good)
+    assert ("the model it started from" if seen_in == "end" else good) in str(error.value)
+    assert not (folder / name / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("mode", ["cot", "no_cot", "no_thoughts", "pause", "pause_loop"])

@@ -105,6 +105,7 @@ class CoconutArguments(TrainingArguments):
     logging_steps: float = _default("logging_steps", 10)
     save_strategy: SaveStrategy | str = _default("save_strategy", "epoch")
     save_total_limit: int | None = _default("save_total_limit", 2)
+    logging_nan_inf_filter: bool = _default("logging_nan_inf_filter", False)  # it would log a NaN as a loss of 0
 
 
 class Settings(NamedTuple):

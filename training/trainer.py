@@ -29,7 +29,7 @@ from ..trainer_callbacks import AnswerCallback
 from .arguments import CoconutArguments
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
 
 # The library's and ours: who asks for another schedule is told if it is not used.
 DEFAULT_SCHEDULES = (SchedulerType.LINEAR, SchedulerType.WARMUP_STABLE_DECAY)
