@@ -13,6 +13,7 @@ The file is YAML or JSON with the names of the flags. Everything of transformers
 import sys
 from collections.abc import Sequence
 
+import torch
 from transformers import set_seed
 
 from multicoco.compat import leave
@@ -27,6 +28,7 @@ from multicoco.trainer_callbacks import (
 from multicoco.training.arguments import parse
 from multicoco.training.loading import load_model
 from multicoco.training.results import (
+    longest_sample,
     make_judge,
     memory_table,
     results_table,
@@ -39,7 +41,7 @@ from multicoco.training.trainer import StageTrainer
 
 
 def main(words: Sequence[str] | None = None) -> StageTrainer | None:
-    """Trains as the flags say; returns the trainer, or `None` after an estimate of memory."""
+    """Trains as the flags say; returns the trainer, or `None` if it was only to say what it would do."""
     settings = parse(__doc__, sys.argv[1:] if words is None else words)
     model_args, data_args, curriculum, args, _ = settings
     is_main = args.process_index == 0
@@ -91,7 +93,7 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
                 every=data_args.answer_every,
             )
         )
-    model = load_model(model_args, args, processor)
+    model = torch.nn.Identity() if model_args.dry_run else load_model(model_args, args, processor)
     trainer = StageTrainer(
         model=model,
         args=args,
@@ -104,6 +106,10 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
     schedule = schedule_table(trainer)
     if is_main:
         print(f"\n{schedule}")
+        if model_args.dry_run:
+            print(f"\n{longest_sample(train_dataset)}\n{memory_table(model_args, args, train_dataset, processor)}")
+    if model_args.dry_run:
+        return None
     resume, output_dir = args.resume_from_checkpoint, str(args.output_dir)
     if resume in ("true", "True", "last"):
         resume = last_complete_checkpoint(output_dir)

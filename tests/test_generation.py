@@ -3,7 +3,6 @@
 Prompts end in `<|end-latent|>` and hold 0, 1 and 2 images of several tiles. All in float64.
 """
 
-
 import pytest
 import torch
 from conftest import model_inputs

@@ -48,6 +48,10 @@ class ModelArguments:
     estimate_memory: bool = setting(
         "Print what the largest training step needs in memory, by formula, and exit.", default=False
     )
+    dry_run: bool = setting(
+        "Print what the run would do (stages, steps, thoughts, learning rates, longest sample, memory) and exit.",
+        default=False,
+    )
 
 
 @dataclass(kw_only=True)

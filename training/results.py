@@ -86,6 +86,12 @@ def schedule_table(trainer: StageTrainer) -> str:
     return "\n".join(lines)
 
 
+def longest_sample(dataset: StageDataset) -> str:
+    """How long the longest sample of any stage is."""
+    longest = max(shape.longest(dataset.curriculum, dataset.num_image_token) for shape in dataset.shapes())
+    return f"longest sample: {longest} tokens"
+
+
 def make_judge(dataset: StageDataset, processor: MultiCoCoProcessor) -> Callable[[Sequence[int], int], bool]:
     """`(new tokens, index) -> right`: whether what the model writes as its answer is exactly the record's."""
     score = load_metric("exact")
