@@ -419,11 +419,11 @@ class StageDataset(torch.utils.data.Dataset):
         return max(sum(steps) + shape.answer for shape in self.shapes() for steps in shape.rationales)
 
     def digest(self) -> str:
-        """Hexadecimal digits that are the same for the same ids, lengths and tiles of all records, in this order."""
-        columns, found = self._rows.table.data, hashlib.sha256(f"{len(self)} {self.seed}".encode())
+        """Hexadecimal digits that are the same for the same ids, tokens and tiles of all records, in this order."""
+        columns, found = self._rows.table.data, hashlib.sha256(f"{len(self)}".encode())
         for chunk in columns.column("id").chunks:
             found.update("".join(f"{name}\n" for name in chunk.drop_null().to_pylist()).encode())
-        for name in ("lengths", "num_patches_list"):
+        for name in ("lengths", "num_patches_list", "ids"):
             for chunk in columns.column(name).chunks:
                 found.update(chunk.flatten().to_numpy().tobytes())  # a record with a defect has none
         return found.hexdigest()

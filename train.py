@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from transformers import set_seed
+from transformers.utils import logging
 
 from multicoco.compat import leave
 from multicoco.data_multicoco import ReasoningCollator, StageDataset
@@ -38,6 +39,9 @@ from multicoco.training.results import (
     write_settings,
 )
 from multicoco.training.trainer import StageTrainer
+
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 def main(words: Sequence[str] | None = None) -> StageTrainer | None:
@@ -80,7 +84,8 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
         records = data_args.read(data_args.eval_file, skip_bad_records=skip, needs_steps=False)
         eval_dataset = tokenize(records.each_once())
     collator = ReasoningCollator(processor, normalize_on_device=data_args.normalize_on_device)
-    callbacks = [CurriculumCallback(curriculum, train_dataset), CompletionCallback()]
+    completion = CompletionCallback()
+    callbacks = [CurriculumCallback(curriculum, train_dataset, allow_changed=args.allow_changed), completion]
     if eval_dataset is not None:
         judge = make_judge(eval_dataset, processor)
         callbacks.append(
@@ -113,7 +118,13 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
     resume, output_dir = args.resume_from_checkpoint, str(args.output_dir)
     if resume in ("true", "True", "last"):
         resume = last_complete_checkpoint(output_dir)
+        if resume is None:
+            logger.warning(f"No complete checkpoint in {output_dir}: the run begins at its first step.")
     trainer.train(resume_from_checkpoint=resume)
+    if completion.was_stopped:
+        raise SystemExit(
+            f"Stopped at step {trainer.state.global_step}: `--resume_from_checkpoint last` goes on there."
+        )
     trainer.save_state()
     if is_main:
         write_settings(settings, trainer)

@@ -7,9 +7,12 @@ Stages are a pure function of the epoch, so resuming is exact and ranks agree wi
 tokenizer.
 """
 
+import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,6 +31,50 @@ from .data_multicoco import ReasoningCollator, StageDataset
 logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
 
 COMPLETE = "complete"  # the file that marks a checkpoint
+IDENTITY = "multicoco"  # where a checkpoint's trainer_state.json says which run it is of
+# Settings of `TrainingArguments` that a resumed run takes from its checkpoint, or would go on with only from there.
+KEPT = ("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay")
+KEPT += ("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16")
+NEVER_CHANGED = (*KEPT, "global_batch_size", "trained", "mode", "c_thought")
+
+
+def identity(
+    curriculum: CurriculumArguments, datasets: Sequence[StageDataset], args: TrainingArguments, state: Any, model: Any
+) -> dict[str, Any]:
+    """Which run a checkpoint is of: all that must be the same when it is resumed."""
+    batch_size = state.train_batch_size if args.auto_find_batch_size else args.train_batch_size
+    num_trained = sum(getattr(param, "ds_numel", param.numel()) for param in model.parameters() if param.requires_grad)
+    kind = "adapters" if hasattr(model, "peft_config") else "weights"
+    return {
+        "train_file": datasets[0].digest()[:16] if datasets else None,
+        "seed": args.seed if args.data_seed is None else [args.seed, args.data_seed],
+        "global_batch_size": batch_size * args.gradient_accumulation_steps * args.world_size,
+        "trained": f"{num_trained} {kind}",
+        **vars(curriculum),
+        **{name: str(getattr(getattr(args, name), "value", getattr(args, name))) for name in KEPT},
+    }
+
+
+def check_resumed(before: Mapping[str, Any] | None, now: Mapping[str, Any], allowed: Collection[str]) -> None:
+    """
+    Checks that a run that is resumed is the one that its checkpoint is of; one of an older version does not tell.
+
+    Args:
+        before, now (`Mapping`): What [`identity`] gave to the run of the checkpoint, and gives to this one.
+        allowed (`Collection[str]`): Names of what may differ.
+
+    Raises:
+        ValueError: something else differs, or the checkpoint has no optimizer.
+    """
+    changed = [name for name in now if before and before.get(name, now[name]) != now[name] and name not in allowed]
+    if changed and before:
+        told = "; ".join(f"`{name}` was {before[name]}, is {now[name]}" for name in changed)
+        free = [name for name in changed if name not in NEVER_CHANGED]
+        cure = f"; `--allow_changed {' '.join(free)}` goes on with what is given now" if free == changed else ""
+        raise ValueError(
+            f"The checkpoint is of another run: {told}. Give what it was trained with{cure}; or begin a new run with "
+            "its weights (`--model_name_or_path` that checkpoint, and another `--output_dir`)."
+        )
 
 
 def check_ranks_agree(dataset: StageDataset, device: torch.device) -> None:
@@ -38,7 +85,7 @@ def check_ranks_agree(dataset: StageDataset, device: torch.device) -> None:
         ValueError: on all of them, if they do not.
     """
     if world_size() > 1:
-        number = int(dataset.digest()[:15], 16)
+        number = int(hashlib.sha256(f"{dataset.digest()} {dataset.seed}".encode()).hexdigest()[:15], 16)
         if most_of_all_ranks(number, device) != -most_of_all_ranks(-number, device):
             raise ValueError(
                 "`dataset` is not the same on all ranks, so that samples would be lost or repeated; that of rank "
@@ -78,10 +125,18 @@ class CurriculumCallback(TrainerCallback):
     Args:
         curriculum ([`CurriculumArguments`]): The schedule.
         datasets ([`StageDataset`]): The training data, and any evaluation data that follows the same stage.
+        allow_changed (`Collection[str]`, *optional*): What may differ from the run that is resumed: `train_file`,
+            `seed`, fields of the curriculum. All else that changes what a resumed run is raises.
     """
 
-    def __init__(self, curriculum: CurriculumArguments, *datasets: StageDataset):
-        self.curriculum, self.datasets = curriculum, datasets
+    def __init__(self, curriculum: CurriculumArguments, *datasets: StageDataset, allow_changed: Collection[str] = ()):
+        known = {item.name for item in fields(curriculum)} | {"train_file", "seed"}
+        if refused := [name for name in allow_changed if name not in known or name in NEVER_CHANGED]:
+            raise ValueError(
+                f"`allow_changed` has {refused}; what a resumed run can go on with otherwise is "
+                f"{sorted(known - {*NEVER_CHANGED})}."
+            )
+        self.curriculum, self.datasets, self.allow_changed = curriculum, datasets, allow_changed
         self.stage = 0
         self._is_new = False  # whether no loss of the stage has been logged
         self._totals: torch.Tensor | None = None  # since the last log: of step losses times labels, and of labels
@@ -101,6 +156,8 @@ class CurriculumCallback(TrainerCallback):
             raise ValueError("`remove_unused_columns` is True, but the collator reads `images`. Set it to False.")
         for dataset in self.datasets:
             check_ranks_agree(dataset, args.device)
+        self.check_resumed(args, state, model)
+        state.stateful_callbacks[IDENTITY] = identity(self.curriculum, self.datasets, args, state, model)
         ends_in, last = self.curriculum.stage(max(0, state.num_train_epochs - 1)), self.curriculum.last_stage
         if ends_in < last:
             logger.warning(
@@ -111,6 +168,11 @@ class CurriculumCallback(TrainerCallback):
         self._unhook()  # of a run that was interrupted, maybe of another model
         if self.curriculum.decodes_steps:
             self._hook = model.register_forward_hook(self._count_step_loss, with_kwargs=True)
+
+    def check_resumed(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        """See [`check_resumed`]; a state that was loaded from a checkpoint says which run that is of."""
+        now = identity(self.curriculum, self.datasets, args, state, model)
+        check_resumed((state.stateful_callbacks or {}).get(IDENTITY), now, self.allow_changed)
 
     def on_train_end(
         self,
@@ -246,6 +308,9 @@ class CompletionCallback(TrainerCallback):
     A run that is killed while it saves leaves a folder without the mark, which is never resumed from.
     """
 
+    was_stopped = False  # by a signal, before its end
+    _saved = 0  # ns: when a checkpoint was last marked, or since when one would be of this run
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -254,6 +319,10 @@ class CompletionCallback(TrainerCallback):
             raise ValueError(
                 "`save_total_limit` is 1: a run killed while it saves would leave nothing complete. Use at least 2."
             )
+        self.was_stopped = False
+        if args.enable_jit_checkpoint:
+            with tempfile.TemporaryFile(dir=str(args.output_dir)) as file:
+                self._saved = os.fstat(file.fileno()).st_mtime_ns  # by the clock of that disk
         if state.is_world_process_zero:
             for checkpoint in Path(str(args.output_dir)).glob("checkpoint-*"):
                 if _step(checkpoint) > state.global_step:  # about to be written again
@@ -262,10 +331,31 @@ class CompletionCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Marks the checkpoint, once every rank has written its part."""
+        self._mark(state, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Marks a checkpoint that was saved without a word because the run was told to stop (SIGTERM)."""
+        if not args.enable_jit_checkpoint:
+            return
+        files = list(Path(str(args.output_dir)).glob("checkpoint-*/trainer_state.json"))
+        newest = max(files, key=_written, default=None)
+        if newest is not None and _written(newest) > self._saved:
+            self.was_stopped = state.global_step < state.max_steps
+            self._mark(state, newest.parent)
+
+    def _mark(self, state: TrainerState, checkpoint: Path) -> None:
         if dist.is_initialized():
             dist.barrier()
+        self._saved = _written(checkpoint / "trainer_state.json")
         if state.is_world_process_zero:
-            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            (checkpoint / COMPLETE).touch()
+
+
+def _written(file: Path) -> int:
+    """When a file was last written, in ns; 0 if there is none."""
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:

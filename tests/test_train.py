@@ -16,6 +16,7 @@ from conftest import CHECKPOINT
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.utils import logging
 
 from multicoco import CurriculumArguments, MultiCoCoConfig, MultiCoCoForConditionalGeneration, train
@@ -339,6 +340,21 @@ def test_a_short_run_speaks_and_says_which_stages_will_not_come(folder, caplog):
         train.main([str(folder / "defaults.yaml"), "--output_dir", str(folder / name), "--max_steps", str(number)])
         assert len(history(folder / name)) == expected
         assert ("The run ends in stage 0 of 2" in caplog.text) == (name == "ends_early")
+
+
+def test_a_stopped_run_is_no_finished_one(folder, monkeypatch):
+    def asks_to_stop(self, args, state, control, **kwargs):
+        self.jit_manager.is_checkpoint_requested |= state.global_step == 2  # as the handler of SIGTERM does
+
+    monkeypatch.setattr(JITCheckpointCallback, "on_substep_end", asks_to_stop, raising=False)
+    monkeypatch.setattr(JITCheckpointCallback, "on_optimizer_step", asks_to_stop)
+    flags = ["--enable_jit_checkpoint", "--answer_every", "end"]
+    with pytest.raises(SystemExit, match="Stopped at step 3: `--resume_from_checkpoint last` goes on there"):
+        run_here(folder, "stopped", *flags)
+    assert sorted(path.name for path in (folder / "stopped").iterdir()) == ["checkpoint-3"]
+    monkeypatch.undo()
+    out = run_here(folder, "stopped", *flags, "--resume_from_checkpoint", "last")
+    assert [entry["step"] for entry in history(out)] == [1, 2, *range(4, 13)]  # it saved before it logged step 3
 
 
 @pytest.mark.parametrize("seen_in", ["log", "checkpoint", "end"])

@@ -109,6 +109,12 @@ class CoconutArguments(TrainingArguments):
     logging_steps: float = _default("logging_steps", 10)
     save_strategy: SaveStrategy | str = _default("save_strategy", "epoch")
     save_total_limit: int | None = _default("save_total_limit", 2)
+    allow_changed: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What may differ from the run that is resumed: train_file, seed, or settings of the curriculum."
+        },
+    )
     logging_nan_inf_filter: bool = _default("logging_nan_inf_filter", False)  # it would log a NaN as a loss of 0
 
 

@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
@@ -16,16 +17,16 @@ import torch.distributed as dist
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.optimization import get_scheduler
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import SchedulerType, TrainOutput
 from transformers.utils import logging
 
 from ..compat import put_first, set_scheduler, world_size
 from ..curriculum import CurriculumArguments
 from ..data_multicoco import StageDataset
-from ..trainer_callbacks import AnswerCallback
+from ..trainer_callbacks import AnswerCallback, CurriculumCallback
 from .arguments import CoconutArguments
 
 
@@ -253,6 +254,28 @@ class StageTrainer(Trainer):
         if isinstance(args, CoconutArguments) and args.logging_steps == CoconutArguments.logging_steps:
             args.logging_steps = max(1, min(args.logging_steps, max_steps // 10))  # a small run speaks too
         return values
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """
+        As [`~transformers.Trainer.train`]; a checkpoint of another run, or one that lacks its optimizer, is refused
+        before anything of it is loaded.
+
+        Raises:
+            ValueError: see [`~trainer_callbacks.check_resumed`].
+        """
+        if isinstance(resume_from_checkpoint, str):
+            folder = Path(resume_from_checkpoint)
+            state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+            if not [*folder.glob("optimizer*"), *folder.glob("global_step*")]:
+                raise ValueError(
+                    f"{folder} has no optimizer (`save_only_model`), so that a resumed run would begin again with its "
+                    "learning rate and moments. Begin a new run with its weights (`--model_name_or_path`), or resume "
+                    "from a whole checkpoint."
+                )
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, CurriculumCallback):
+                    callback.check_resumed(self.args, state, self.model)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def plan(self) -> RunPlan:
         """The stages and the learning rate of a training, without beginning one."""
