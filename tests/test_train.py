@@ -223,6 +223,13 @@ def test_verbosity_of_the_library_is_that_of_every_logger_here():
         logging.set_verbosity(before)
 
 
+@pytest.mark.parametrize("mapping", ['{"steps"', "steps=rationale", '["steps"]', '{"steps": 3}'])
+def test_a_mapping_of_columns_that_is_none_is_refused(mapping):
+    data = parse(None, [f"--{name}={value}" for name, value in {**NEEDED, "column_mapping": mapping}.items()]).data
+    with pytest.raises(ValueError, match=r"`--column_mapping` must be a JSON object.*got"):
+        data.read("some.jsonl")
+
+
 def test_a_file_that_holds_no_names_is_refused(write):
     with pytest.raises(ValueError, match="holds a list"):
         parse(None, [write("a.yaml", ["mode"])])
