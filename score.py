@@ -22,7 +22,7 @@ from multicoco.evaluation.metric import check_records, load_metric
 from multicoco.evaluation.predictions import predict, read_submission, write_submission
 from multicoco.evaluation.readings import load_same_step, share
 from multicoco.evaluation.scores import compare, pair_numbers, score_table, summarise, write_scores
-from multicoco.evaluation.settings import choose_device, parse_settings
+from multicoco.evaluation.settings import choose_device, folder_for, parse_settings
 from multicoco.evaluation.subject import CHOICES_BY, AskArguments, Subject
 
 
@@ -32,7 +32,9 @@ class ScoreArguments(AskArguments):
 
     model: list[str] = setting("Folders or Hub names of one or more checkpoints.")
     output_dir: str = setting(
-        "Folder of the predictions, scores.json, scores.csv and scores.png.", default="out/scores"
+        "Folder of the predictions, scores.json, scores.csv and scores.png. If not given, `scores` in the folder of "
+        "the first `--model`, where the model card looks; out/scores if that is on the Hub.",
+        default="",
     )
     num_thoughts: list[int] | None = setting(
         "Numbers of thoughts; each checkpoint's own if not given. A checkpoint that was trained without "
@@ -63,6 +65,7 @@ class ScoreArguments(AskArguments):
             if number < 0:
                 raise ValueError(f"`--num_thoughts` must be at least 0, got {number}. 0 is a block without thoughts.")
         check_settings(self, batch_size=1)
+        self.output_dir = self.output_dir or folder_for("scores", self.model[0])
         if self.predict_only and self.compare:
             raise ValueError("`--compare` needs accuracies, which `--predict_only` leaves out. Drop one of the two.")
         if self.predictions_to and (len(self.model) > 1 or self.compare or len(self.num_thoughts or [0]) > 1):

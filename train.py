@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from multicoco.compat import leave
 from multicoco.data_multicoco import ReasoningCollator, StageDataset
+from multicoco.processing_multicoco import MultiCoCoProcessor
 from multicoco.records import Records
 from multicoco.trainer_callbacks import (
     AnswerCallback,
@@ -26,9 +27,10 @@ from multicoco.trainer_callbacks import (
     CurriculumCallback,
     last_complete_checkpoint,
 )
-from multicoco.training.arguments import parse
+from multicoco.training.arguments import Settings, parse
 from multicoco.training.loading import load_model
 from multicoco.training.results import (
+    folder_note,
     longest_sample,
     make_judge,
     memory_table,
@@ -44,6 +46,32 @@ from multicoco.training.trainer import StageTrainer
 logger = logging.get_logger(f"transformers.{__name__}")
 
 
+def make_datasets(settings: Settings, processor: MultiCoCoProcessor) -> tuple[StageDataset, StageDataset | None]:
+    """What is trained on, and what is answered at the end of each stage, if anything is."""
+    data_args, curriculum = settings.data, settings.curriculum
+    skip = data_args.skip_bad_records
+
+    def tokenize(records: Records) -> StageDataset:
+        return StageDataset(
+            records,
+            processor,
+            curriculum,
+            seed=settings.training.seed,
+            max_length=data_args.max_length,
+            skip_bad_records=skip,
+            num_proc=data_args.dataset_num_proc,
+            overwrite_cache=data_args.overwrite_cache,
+        )
+
+    needs_steps, weights = curriculum.needs_steps, data_args.train_weights
+    records = data_args.read(data_args.train_file, needs_steps=needs_steps, weights=weights, skip_bad_records=skip)
+    train_dataset = tokenize(records)
+    if not data_args.eval_file:
+        return train_dataset, None
+    asked = data_args.read(data_args.eval_file, skip_bad_records=skip, needs_steps=False)
+    return train_dataset, tokenize(asked.each_once())
+
+
 def main(words: Sequence[str] | None = None) -> StageTrainer | None:
     """Trains as the flags say; returns the trainer, or `None` if it was only to say what it would do."""
     settings = parse(__doc__, sys.argv[1:] if words is None else words)
@@ -53,36 +81,12 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
         print(settings_table(settings))
     set_seed(args.seed)
     processor = data_args.load_processor(model_args.model_name_or_path)
-    skip = data_args.skip_bad_records
-
-    def tokenize(records: Records) -> StageDataset:
-        return StageDataset(
-            records,
-            processor,
-            curriculum,
-            seed=args.seed,
-            max_length=data_args.max_length,
-            skip_bad_records=skip,
-            num_proc=data_args.dataset_num_proc,
-            overwrite_cache=data_args.overwrite_cache,
-        )
-
-    train_records = data_args.read(
-        data_args.train_file,
-        needs_steps=curriculum.needs_steps,
-        weights=data_args.train_weights,
-        skip_bad_records=skip,
-    )
-    train_dataset = tokenize(train_records)
+    train_dataset, eval_dataset = make_datasets(settings, processor)
     train_dataset.set_stage(0)  # raises if no thought could ever be trained, before a model is loaded
     if model_args.estimate_memory:
         if is_main:
             print(f"\n{memory_table(model_args, args, train_dataset, processor)}")
         return None
-    eval_dataset = None
-    if data_args.eval_file:
-        records = data_args.read(data_args.eval_file, skip_bad_records=skip, needs_steps=False)
-        eval_dataset = tokenize(records.each_once())
     collator = ReasoningCollator(processor, normalize_on_device=data_args.normalize_on_device)
     completion = CompletionCallback()
     callbacks = [CurriculumCallback(curriculum, train_dataset, allow_changed=args.allow_changed), completion]
@@ -137,6 +141,8 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
     trainer.save_model()  # with `--push_to_hub` it also makes the card and sends the folder
     if not args.push_to_hub:
         trainer.create_model_card()
+    if is_main:
+        print(folder_note(output_dir))
     return trainer
 
 

@@ -165,6 +165,11 @@ class RecordArguments:
         return processor
 
 
+def folder_for(what: str, model: str) -> str:
+    """Where results about a checkpoint go: into its own folder, if it is one, where its model card looks."""
+    return str(Path(model) / what) if Path(model).is_dir() else f"out/{what}"
+
+
 def choose_device(*, use_cpu: bool) -> torch.device:
     """The accelerator, if there is one and it is wanted."""
     found = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)

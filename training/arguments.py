@@ -3,18 +3,17 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from transformers import TrainingArguments
-from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from ..compat import leave_out_shm_kernel
 from ..configuration_multicoco import CONTROL_FEEDBACK, STATE_FEEDBACKS
 from ..curriculum import CurriculumArguments, setting
 from ..evaluation.settings import RecordArguments, find_settings, make_parser
 from ..processing_multicoco import MultiCoCoProcessor
+from .trainer import CoconutArguments
 
 
 @dataclass
@@ -89,33 +88,6 @@ class DataArguments(RecordArguments):
         if self.draft_jpeg is not None:
             processor.image_processor.draft_jpeg = self.draft_jpeg
         return processor
-
-
-def _default(name: str, value: Any) -> Any:
-    """A setting of `TrainingArguments` with another default."""
-    return field(default=value, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
-
-
-@dataclass
-class CoconutArguments(TrainingArguments):
-    """
-    transformers' settings of a training, with the defaults of the method. A rate that comes down over all epochs, as
-    the library's does, would starve the last stage, which is the one that is used; and the loss of thoughts falls only
-    while the rate comes down. So it warms up, stays, and comes down over the last half of the last stage.
-    """
-
-    lr_scheduler_type: SchedulerType | str = _default("lr_scheduler_type", "warmup_stable_decay")
-    warmup_steps: float = _default("warmup_steps", 0.03)
-    logging_steps: float = _default("logging_steps", 10)
-    save_strategy: SaveStrategy | str = _default("save_strategy", "epoch")
-    save_total_limit: int | None = _default("save_total_limit", 2)
-    allow_changed: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "What may differ from the run that is resumed: train_file, seed, or settings of the curriculum."
-        },
-    )
-    logging_nan_inf_filter: bool = _default("logging_nan_inf_filter", False)  # it would log a NaN as a loss of 0
 
 
 class Settings(NamedTuple):

@@ -130,6 +130,18 @@ def write_settings(given: Settings, trainer: StageTrainer) -> None:
     (Path(str(args.output_dir)) / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
+def folder_note(output_dir: str | Path) -> str:
+    """How large the folder of a run is, and what of it may be deleted."""
+    sizes = {path: path.stat().st_size for path in Path(output_dir).rglob("*") if path.is_file()}
+    checkpoints = sum(
+        size for path, size in sizes.items() if path.relative_to(output_dir).parts[0].startswith("checkpoint-")
+    )
+    note = f"{output_dir} has {sum(sizes.values()) / 2**20:,.1f} MiB"
+    if checkpoints:
+        note += f", {checkpoints / 2**20:,.1f} of them in checkpoint-*, which only a resumed run needs"
+    return note
+
+
 def answers_of(log_history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Of a trainer's log, what was measured at the ends of stages."""
     return [entry for entry in log_history if "eval/accuracy" in entry]

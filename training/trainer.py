@@ -1,12 +1,12 @@
 """The trainer: the stock one, with schedules by stage, its speed in the log, and our model card. Asks nothing.
 
-It knows settings as a dataclass, no file of them.
+It knows no settings file.
 """
 
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from time import perf_counter
@@ -20,14 +20,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.optimization import get_scheduler
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import SchedulerType, TrainOutput
+from transformers.trainer_utils import SaveStrategy, SchedulerType, TrainOutput
 from transformers.utils import logging
 
 from ..compat import put_first, set_scheduler, world_size
 from ..curriculum import CurriculumArguments
 from ..data_multicoco import StageDataset
 from ..trainer_callbacks import AnswerCallback, CurriculumCallback
-from .arguments import CoconutArguments
 
 
 logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
@@ -35,6 +34,33 @@ logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library 
 # The library's and ours: who asks for another schedule is told if it is not used.
 DEFAULT_SCHEDULES = (SchedulerType.LINEAR, SchedulerType.WARMUP_STABLE_DECAY)
 SPEED = "speed/"  # begins the names of what depends on the time a run took
+
+
+def _default(name: str, value: Any) -> Any:
+    """A setting of `TrainingArguments` with another default."""
+    return field(default=value, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
+
+
+@dataclass
+class CoconutArguments(TrainingArguments):
+    """
+    transformers' settings of a training, with the defaults of the method. A rate that comes down over all epochs, as
+    the library's does, would starve the last stage, which is the one that is used; and the loss of thoughts falls only
+    while the rate comes down. So it warms up, stays, and comes down over the last half of the last stage.
+    """
+
+    lr_scheduler_type: SchedulerType | str = _default("lr_scheduler_type", "warmup_stable_decay")
+    warmup_steps: float = _default("warmup_steps", 0.03)
+    logging_steps: float = _default("logging_steps", 10)
+    save_strategy: SaveStrategy | str = _default("save_strategy", "epoch")
+    save_total_limit: int | None = _default("save_total_limit", 2)
+    allow_changed: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What may differ from the run that is resumed: train_file, seed, or settings of the curriculum."
+        },
+    )
+    logging_nan_inf_filter: bool = _default("logging_nan_inf_filter", False)  # it would log a NaN as a loss of 0
 
 
 class EpochLengthSampler(LengthGroupedSampler):
