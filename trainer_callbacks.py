@@ -35,7 +35,7 @@ IDENTITY = "multicoco"  # where a checkpoint's trainer_state.json says which run
 # Settings of `TrainingArguments` that a resumed run takes from its checkpoint, or would go on with only from there.
 KEPT = ("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay")
 KEPT += ("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16")
-NEVER_CHANGED = (*KEPT, "global_batch_size", "trained", "mode", "c_thought")
+NEVER_CHANGED = (*KEPT, "global_batch_size", "world_size", "trained", "mode", "c_thought")
 
 
 def identity(
@@ -49,6 +49,7 @@ def identity(
         "train_file": datasets[0].digest()[:16] if datasets else None,
         "seed": args.seed if args.data_seed is None else [args.seed, args.data_seed],
         "global_batch_size": batch_size * args.gradient_accumulation_steps * args.world_size,
+        "world_size": args.world_size,
         "trained": f"{num_trained} {kind}",
         **vars(curriculum),
         **{name: str(getattr(getattr(args, name), "value", getattr(args, name))) for name in KEPT},
