@@ -34,8 +34,9 @@ COMPLETE = "complete"  # the file that marks a checkpoint
 IDENTITY = "multicoco"  # where a checkpoint's trainer_state.json says which run it is of
 # Settings of `TrainingArguments` that a resumed run takes from its checkpoint, or would go on with only from there.
 KEPT = ("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay")
+RATES = ("vision_learning_rate", "projector_learning_rate", "thought_learning_rate")  # of `CoconutArguments`
 KEPT += ("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16")
-NEVER_CHANGED = (*KEPT, "global_batch_size", "world_size", "trained", "mode", "c_thought")
+NEVER_CHANGED = (*KEPT, *RATES, "global_batch_size", "world_size", "trained", "mode", "c_thought")
 
 
 def identity(
@@ -53,6 +54,7 @@ def identity(
         "trained": f"{num_trained} {kind}",
         **vars(curriculum),
         **{name: str(getattr(getattr(args, name), "value", getattr(args, name))) for name in KEPT},
+        **{name: str(getattr(args, name, None)) for name in RATES},
     }
 
 

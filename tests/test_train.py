@@ -364,6 +364,27 @@ def test_a_stopped_run_is_no_finished_one(folder, monkeypatch):
     assert [entry["step"] for entry in history(out)] == [1, 2, *range(4, 13)]  # it saved before it logged step 3
 
 
+def test_parts_have_learning_rates_of_their_own(folder):
+    flags = ["--max_steps", "3", "--answer_every", "end", "--weight_decay", "0.1", "--restart_schedule", "false"]
+    out = run_here(folder, "rates", *flags, "--vision_learning_rate", 0, "--projector_learning_rate", 2e-3)
+    same = run_here(folder, "one_rate", *flags, "--vision_learning_rate", 1e-3)
+    plain = run_here(folder, "no_rates", *flags)
+    start, rates, one, none = (load_file(path / "model.safetensors") for path in (folder / "start", out, same, plain))
+    assert all(torch.equal(start[name], rates[name]) for name in start if "vision" in name)
+    assert not any(torch.equal(start[name], rates[name]) for name in start if "projector" in name)
+    assert all(torch.equal(one[name], none[name]) for name in none)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--thought_learning_rate", "1e-3"], ["--vision_learning_rate", "1e-3", "--freeze_backbone"]],
+    ids=" ".join,
+)
+def test_a_learning_rate_of_what_is_not_trained_is_refused(folder, flags):
+    with pytest.raises(ValueError, match=f"`{flags[0]}`: this run trains no such weights"):
+        run_here(folder, "no_part", *flags)
+
+
 @pytest.mark.parametrize("seen_in", ["log", "checkpoint", "end"])
 def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(folder, seen_in):
     """The first step has a rate of 0 and is good; all after it have weights that are no numbers."""

@@ -24,7 +24,7 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType, TrainOutput
 from transformers.utils import logging
 
 from ..compat import put_first, set_scheduler, world_size
-from ..curriculum import CurriculumArguments
+from ..curriculum import CurriculumArguments, setting
 from ..data_multicoco import StageDataset
 from ..trainer_callbacks import AnswerCallback, CurriculumCallback
 
@@ -33,6 +33,8 @@ logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library 
 
 # The library's and ours: who asks for another schedule is told if it is not used.
 DEFAULT_SCHEDULES = (SchedulerType.LINEAR, SchedulerType.WARMUP_STABLE_DECAY)
+# What of a parameter's name says which part with a learning rate of its own it belongs to.
+PARTS = {"vision": "vision_tower.", "projector": "multi_modal_projector.", "thought": "trainable_tokens"}
 SPEED = "speed/"  # begins the names of what depends on the time a run took
 
 
@@ -54,6 +56,13 @@ class CoconutArguments(TrainingArguments):
     logging_steps: float = _default("logging_steps", 10)
     save_strategy: SaveStrategy | str = _default("save_strategy", "epoch")
     save_total_limit: int | None = _default("save_total_limit", 2)
+    vision_learning_rate: float | None = setting("Of the vision tower; `learning_rate` if not given.", default=None)
+    projector_learning_rate: float | None = setting("Of the projector; `learning_rate` if not given.", default=None)
+    thought_learning_rate: float | None = setting(
+        "Of the rows of the thought tokens, which `--lora_rank` trains as weights of their own; `learning_rate` if "
+        "not given.",
+        default=None,
+    )
     allow_changed: list[str] = field(
         default_factory=list,
         metadata={
@@ -146,6 +155,36 @@ class Throughput:
             for name, count in zip(names, counts, strict=True)
         }
         return {**rates, f"{SPEED}waiting": waiting / seconds}
+
+
+def set_rates(optimizer: Optimizer, names: Mapping[int, str], rates: Mapping[str, float]) -> None:
+    """
+    Gives parts of a model a learning rate of their own, in a new optimizer.
+
+    Args:
+        names (`Mapping[int, str]`): The name of each parameter, by its `id`.
+        rates (`Mapping[str, float]`): Of some of the parts vision, projector and thought.
+
+    Raises:
+        ValueError: see [`StageTrainer.create_optimizer`].
+    """
+    missing = set(rates)
+    for group in list(getattr(optimizer, "param_groups", ())):
+        own: dict[str | None, list[Any]] = {None: []}
+        for param in group["params"]:
+            name = names.get(id(param), "")
+            part = next((part for part in rates if PARTS[part] in name), None)
+            own.setdefault(part, []).append(param)
+        group["params"] = own.pop(None)
+        for part, params in own.items():
+            optimizer.add_param_group({**group, "params": params, "lr": rates[str(part)]})
+            missing.discard(str(part))
+    if missing:
+        told = ", ".join(f"`--{part}_learning_rate`" for part in sorted(missing))
+        raise ValueError(
+            f"{told}: this run trains no such weights of their own (frozen parts; rows of thought tokens without "
+            "`--lora_rank`), or its optimizer takes no groups of them. Leave it out."
+        )
 
 
 def restarting(starts: Sequence[int], warmup: int) -> Callable[[int], float]:
@@ -272,6 +311,22 @@ class StageTrainer(Trainer):
                 license=license,
                 tags=[tags] if isinstance(tags, str) else tags or (),
             )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
+        """
+        As [`~transformers.Trainer.create_optimizer`]; parts of the model may have a learning rate of their own.
+
+        Raises:
+            ValueError: of a part that is not trained, or of an optimizer that takes no groups of weights.
+        """
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rates = {part: getattr(self.args, f"{part}_learning_rate", None) for part in PARTS}
+        rates = {part: rate for part, rate in rates.items() if rate is not None}
+        if is_new and rates:
+            names = {id(param): name for name, param in self.model.named_parameters()}
+            set_rates(optimizer, names, rates)
+        return optimizer
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
         """As [`~transformers.Trainer.set_initial_training_values`], whose steps of an epoch the schedules go by."""
