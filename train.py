@@ -12,6 +12,7 @@ The file is YAML or JSON with the names of the flags. Everything of transformers
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -102,7 +103,7 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
                 every=data_args.answer_every,
             )
         )
-    model = torch.nn.Identity() if model_args.dry_run else load_model(model_args, args, processor)
+    model: Any = torch.nn.Identity() if model_args.dry_run else load_model(model_args, args, processor)
     trainer = StageTrainer(
         model=model,
         args=args,

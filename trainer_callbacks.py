@@ -33,9 +33,11 @@ logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library 
 COMPLETE = "complete"  # the file that marks a checkpoint
 IDENTITY = "multicoco"  # where a checkpoint's trainer_state.json says which run it is of
 # Settings of `TrainingArguments` that a resumed run takes from its checkpoint, or would go on with only from there.
-KEPT = ("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay")
+KEPT = (
+    *("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
+)
 RATES = ("vision_learning_rate", "projector_learning_rate", "thought_learning_rate")  # of `CoconutArguments`
-KEPT += ("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16")
 NEVER_CHANGED = (*KEPT, *RATES, "global_batch_size", "world_size", "trained", "mode", "c_thought")
 
 
@@ -160,7 +162,8 @@ class CurriculumCallback(TrainerCallback):
         for dataset in self.datasets:
             check_ranks_agree(dataset, args.device)
         self.check_resumed(args, state, model)
-        state.stateful_callbacks[IDENTITY] = identity(self.curriculum, self.datasets, args, state, model)
+        kept: Any = state.stateful_callbacks  # what a checkpoint has beside its numbers
+        kept[IDENTITY] = identity(self.curriculum, self.datasets, args, state, model)
         ends_in, last = self.curriculum.stage(max(0, state.num_train_epochs - 1)), self.curriculum.last_stage
         if ends_in < last:
             logger.warning(
@@ -175,7 +178,8 @@ class CurriculumCallback(TrainerCallback):
     def check_resumed(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         """See [`check_resumed`]; a state that was loaded from a checkpoint says which run that is of."""
         now = identity(self.curriculum, self.datasets, args, state, model)
-        check_resumed((state.stateful_callbacks or {}).get(IDENTITY), now, self.allow_changed)
+        known: Any = state.stateful_callbacks
+        check_resumed(known.get(IDENTITY), now, self.allow_changed)
 
     def on_train_end(
         self,

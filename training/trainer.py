@@ -321,10 +321,11 @@ class StageTrainer(Trainer):
         """
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        rates = {part: getattr(self.args, f"{part}_learning_rate", None) for part in PARTS}
-        rates = {part: rate for part, rate in rates.items() if rate is not None}
+        given: dict[str, Any] = {part: getattr(self.args, f"{part}_learning_rate", None) for part in PARTS}
+        rates = {part: float(rate) for part, rate in given.items() if rate is not None}
         if is_new and rates:
-            names = {id(param): name for name, param in self.model.named_parameters()}
+            model = cast(torch.nn.Module, self.model)
+            names = {id(param): name for name, param in model.named_parameters()}
             set_rates(optimizer, names, rates)
         return optimizer
 
@@ -387,12 +388,12 @@ class StageTrainer(Trainer):
         if curriculum.restart_schedule:
             if args.lr_scheduler_type not in DEFAULT_SCHEDULES:
                 logger.warning(
-                    f"`--lr_scheduler_type {args.lr_scheduler_type.value}` is not used: with `--restart_schedule` "
-                    "each stage has a warm-up and a cosine."
+                    f"`--lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value}` is not used: with "
+                    "`--restart_schedule` each stage has a warm-up and a cosine."
                 )
             end = max(num_training_steps, curriculum.num_epochs * self.steps_per_epoch)
             return LambdaLR(optimizer, restarting([*starts, end], warmup))
-        own = dict(args.lr_scheduler_kwargs or {})
+        own: dict[str, Any] = dict(cast(Any, args.lr_scheduler_kwargs) or {})
         is_told = "num_decay_steps" in own or "num_stable_steps" in own
         if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and not is_told:
             begun = max(start for start in starts if start < num_training_steps)
