@@ -30,6 +30,7 @@ from .data_multicoco import ReasoningCollator, StageDataset
 
 logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
 
+NUM_SHOWN = 8  # answers that are kept to be shown
 COMPLETE = "complete"  # the file that marks a checkpoint
 IDENTITY = "multicoco"  # where a checkpoint's trainer_state.json says which run it is of
 # Settings of `TrainingArguments` that a resumed run takes from its checkpoint, or would go on with only from there.
@@ -406,6 +407,7 @@ class AnswerCallback(TrainerCallback):
         self.batch_size, self.every, self.generate_kwargs = batch_size, every, generate_kwargs or {}
         self.pending: dict[str, float] = {}
         self.seconds = 0.0  # of `pending`, which are none of training
+        self.shown: list[tuple[int, list[int], bool]] = []  # the first that this rank asked: index, new tokens, right
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -452,13 +454,16 @@ class AnswerCallback(TrainerCallback):
         share = math.ceil(len(self.dataset) / world_size())  # the same for all ranks
         asked = [*own, rank() % len(self.dataset)][:share]  # a surplus place repeats a sample, and is not counted
         totals = torch.zeros(3, dtype=torch.long)  # correct, tokens, samples
+        self.shown = []
         was_training = model.training
         model.eval()
         starts = range(0, share, self.batch_size)
         for start in tqdm(starts, desc=f"answers at stage {stage}", leave=False, disable=disable_tqdm or rank() > 0):
             places = slice(start, start + self.batch_size)
             for index, tokens in zip(own[places], self._answers(model, asked[places], stage), strict=False):
-                totals += torch.tensor([self.is_correct(tokens, index), len(tokens), 1])
+                is_correct = self.is_correct(tokens, index)
+                totals += torch.tensor([is_correct, len(tokens), 1])
+                self.shown += [(index, tokens, is_correct)] * (len(self.shown) < NUM_SHOWN)
         model.train(was_training)
         if world_size() > 1:
             totals = totals.to(model.device)

@@ -27,6 +27,7 @@ from ..compat import put_first, set_scheduler, world_size
 from ..curriculum import CurriculumArguments, setting
 from ..data_multicoco import StageDataset
 from ..trainer_callbacks import AnswerCallback, CurriculumCallback
+from .trackers import report_answers
 
 
 logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
@@ -36,6 +37,7 @@ DEFAULT_SCHEDULES = (SchedulerType.LINEAR, SchedulerType.WARMUP_STABLE_DECAY)
 # What of a parameter's name says which part with a learning rate of its own it belongs to.
 PARTS = {"vision": "vision_tower.", "projector": "multi_modal_projector.", "thought": "trainable_tokens"}
 SPEED = "speed/"  # begins the names of what depends on the time a run took
+ANSWERS = "eval/"  # begins the names of what `AnswerCallback` logs
 
 
 def _default(name: str, value: Any) -> Any:
@@ -262,6 +264,18 @@ class StageTrainer(Trainer):
             answering = sum(callback.seconds for callback in callbacks if isinstance(callback, AnswerCallback))
             logs = logs | self.throughput.rates(self.args.device, other_seconds=answering)
         super().log(logs, start_time)
+        if f"{ANSWERS}accuracy" in logs and self.is_world_process_zero():
+            self._report_answers()
+
+    def _report_answers(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, AnswerCallback):
+                rows = []
+                for index, tokens, is_right in callback.shown:
+                    record = callback.dataset.records[callback.dataset.record_of(index)]
+                    written = cast(Any, self.processing_class).tokenizer.decode(tokens, skip_special_tokens=True)
+                    rows.append((record["id"], record["question"], record["answer"], written, is_right))
+                report_answers(self.callback_handler.callbacks, rows, self.state.global_step)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As [`~transformers.Trainer.evaluate`], outside the time of training."""
