@@ -17,14 +17,16 @@ from transformers import set_seed
 
 from multicoco.compat import leave
 from multicoco.data_multicoco import ReasoningCollator, StageDataset
+from multicoco.processing_multicoco import MultiCoCoProcessor
 from multicoco.records import Records
 from multicoco.trainer_callbacks import (
     AnswerCallback,
     CompletionCallback,
     CurriculumCallback,
+    check_devices,
     last_complete_checkpoint,
 )
-from multicoco.training.arguments import parse
+from multicoco.training.arguments import Settings, parse
 from multicoco.training.loading import load_model
 from multicoco.training.results import (
     make_judge,
@@ -34,7 +36,24 @@ from multicoco.training.results import (
     write_results,
     write_settings,
 )
-from multicoco.training.trainer import StageTrainer
+from multicoco.training.trainer import StageTrainer, check_evaluation
+
+
+def tokenize(
+    records: Records, processor: MultiCoCoProcessor, settings: Settings, *, is_evaluated: bool = False
+) -> StageDataset:
+    """The samples of records, as the flags say."""
+    return StageDataset(
+        records,
+        processor,
+        settings.curriculum,
+        seed=settings.training.seed,
+        max_length=settings.data.max_length,
+        skip_bad_records=settings.data.skip_bad_records,
+        num_proc=settings.data.dataset_num_proc,
+        overwrite_cache=settings.data.overwrite_cache,
+        is_evaluated=is_evaluated,
+    )
 
 
 def main(words: Sequence[str] | None = None) -> StageTrainer | None:
@@ -44,29 +63,19 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
     is_main = args.process_index == 0
     if is_main:
         print(settings_table(settings))
+    check_evaluation(args, curriculum, has_data=data_args.eval_file is not None)
+    if not model_args.estimate_memory:
+        check_devices(args)
     set_seed(args.seed)
     processor = data_args.load_processor(model_args.model_name_or_path)
     skip = data_args.skip_bad_records
-
-    def tokenize(records: Records) -> StageDataset:
-        return StageDataset(
-            records,
-            processor,
-            curriculum,
-            seed=args.seed,
-            max_length=data_args.max_length,
-            skip_bad_records=skip,
-            num_proc=data_args.dataset_num_proc,
-            overwrite_cache=data_args.overwrite_cache,
-        )
-
     train_records = data_args.read(
         data_args.train_file,
         needs_steps=curriculum.needs_steps,
         weights=data_args.train_weights,
         skip_bad_records=skip,
     )
-    train_dataset = tokenize(train_records)
+    train_dataset = tokenize(train_records, processor, settings)
     train_dataset.set_stage(0)  # raises if no thought could ever be trained, before a model is loaded
     if model_args.estimate_memory:
         if is_main:
@@ -75,7 +84,7 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
     eval_dataset = None
     if data_args.eval_file:
         records = data_args.read(data_args.eval_file, skip_bad_records=skip, needs_steps=False)
-        eval_dataset = tokenize(records.each_once())
+        eval_dataset = tokenize(records.each_once(), processor, settings, is_evaluated=True)
     collator = ReasoningCollator(processor, normalize_on_device=data_args.normalize_on_device)
     callbacks = [CurriculumCallback(curriculum, train_dataset), CompletionCallback()]
     if eval_dataset is not None:
@@ -95,6 +104,7 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
         model=model,
         args=args,
         train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         data_collator=collator,
         processing_class=processor,
         callbacks=callbacks,
