@@ -263,6 +263,23 @@ def compose(
     return prompt + body, [-100] * len(prompt) + body
 
 
+def written_tokens(row: Sequence[int], ends: int | Sequence[int] | None, pad: int | None) -> list[int]:
+    """
+    What a model wrote of the new tokens of a row: all up to its first end token, and this. What follows is padding,
+    also where both are one token.
+
+    Args:
+        row (`Sequence[int]`): New tokens, as `generate` pads them.
+        ends (`int` or `Sequence[int]`, *optional*): The end tokens that it was generated with.
+        pad (`int`, *optional*): Of a row that ended without one, these at its end are left out.
+    """
+    last = {ends} if isinstance(ends, int) else set(ends or ())
+    length = next((place for place, token in enumerate(row, start=1) if token in last), None)
+    if length is None:
+        length = next((place for place in range(len(row), 0, -1) if row[place - 1] != pad), 0)
+    return list(row[:length])
+
+
 def final_answer(text: str) -> str:
     """The answer in a text that a model wrote: what stands after the last answer mark, without blanks at its ends."""
     return text.rsplit(ANSWER_MARK, 1)[-1].strip()

@@ -26,6 +26,7 @@ from multicoco.trainer_callbacks import (
     AnswerCallback,
     CompletionCallback,
     CurriculumCallback,
+    check_devices,
     last_complete_checkpoint,
 )
 from multicoco.training.arguments import Settings, parse
@@ -41,36 +42,40 @@ from multicoco.training.results import (
     write_results,
     write_settings,
 )
-from multicoco.training.trainer import StageTrainer
+from multicoco.training.trainer import StageTrainer, check_evaluation
 
 
 logger = logging.get_logger(f"transformers.{__name__}")
+
+
+def tokenize(
+    records: Records, processor: MultiCoCoProcessor, settings: Settings, *, is_evaluated: bool = False
+) -> StageDataset:
+    """The samples of records, as the flags say."""
+    return StageDataset(
+        records,
+        processor,
+        settings.curriculum,
+        seed=settings.training.seed,
+        max_length=settings.data.max_length,
+        skip_bad_records=settings.data.skip_bad_records,
+        num_proc=settings.data.dataset_num_proc,
+        overwrite_cache=settings.data.overwrite_cache,
+        is_evaluated=is_evaluated,
+    )
 
 
 def make_datasets(settings: Settings, processor: MultiCoCoProcessor) -> tuple[StageDataset, StageDataset | None]:
     """What is trained on, and what is answered at the end of each stage, if anything is."""
     data_args, curriculum = settings.data, settings.curriculum
     skip = data_args.skip_bad_records
-
-    def tokenize(records: Records) -> StageDataset:
-        return StageDataset(
-            records,
-            processor,
-            curriculum,
-            seed=settings.training.seed,
-            max_length=data_args.max_length,
-            skip_bad_records=skip,
-            num_proc=data_args.dataset_num_proc,
-            overwrite_cache=data_args.overwrite_cache,
-        )
-
     needs_steps, weights = curriculum.needs_steps, data_args.train_weights
     records = data_args.read(data_args.train_file, needs_steps=needs_steps, weights=weights, skip_bad_records=skip)
-    train_dataset = tokenize(records)
+    train_dataset = tokenize(records, processor, settings)
     if not data_args.eval_file:
         return train_dataset, None
     asked = data_args.read(data_args.eval_file, skip_bad_records=skip, needs_steps=False)
-    return train_dataset, tokenize(asked.each_once())
+    return train_dataset, tokenize(asked.each_once(), processor, settings, is_evaluated=True)
 
 
 def main(words: Sequence[str] | None = None) -> StageTrainer | None:
@@ -80,6 +85,9 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
     is_main = args.process_index == 0
     if is_main:
         print(settings_table(settings))
+    check_evaluation(args, curriculum, has_data=data_args.eval_file is not None)
+    if not model_args.estimate_memory:
+        check_devices(args)
     set_seed(args.seed)
     processor = data_args.load_processor(model_args.model_name_or_path)
     train_dataset, eval_dataset = make_datasets(settings, processor)
@@ -108,6 +116,7 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
         model=model,
         args=args,
         train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         data_collator=collator,
         processing_class=processor,
         callbacks=callbacks,

@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .compat import add_to_log, delete_first, is_finite, most_of_all_ranks, rank, world_size
-from .curriculum import CurriculumArguments
+from .compat import add_to_log, delete_first, forget_best, is_finite, most_of_all_ranks, rank, world_size
+from .curriculum import CurriculumArguments, written_tokens
 from .data_multicoco import ReasoningCollator, StageDataset
 
 
@@ -121,6 +121,22 @@ def check_finite(args: TrainingArguments, state: TrainerState, model: Any) -> No
         raise diverged(args, state, "some of its weights are NaN or infinite")
 
 
+def check_devices(args: TrainingArguments) -> None:
+    """
+    Checks that this process has one device at most.
+
+    Raises:
+        ValueError: it has several, over which `Trainer` would spread each batch by `torch.nn.DataParallel`.
+    """
+    count = getattr(args, "n_gpu", 1)
+    if count > 1:
+        raise ValueError(
+            f"This process sees {count} GPUs, and `Trainer` would split each batch over them: rows by rows, but "
+            "pictures by tiles, so that rows would lose theirs. Give each GPU a process, `torchrun --nproc_per_node "
+            f"{count} train.py ...`, or show it one, `CUDA_VISIBLE_DEVICES=0`."
+        )
+
+
 class CurriculumCallback(TrainerCallback):
     """
     Moves the data to the stage of the epoch that begins, and keeps the model's configuration in step with it.
@@ -160,6 +176,7 @@ class CurriculumCallback(TrainerCallback):
         """Begins at the stage of the epoch that a resumed run is in."""
         if getattr(args, "remove_unused_columns", False):
             raise ValueError("`remove_unused_columns` is True, but the collator reads `images`. Set it to False.")
+        check_devices(args)
         for dataset in self.datasets:
             check_ranks_agree(dataset, args.device)
         self.check_resumed(args, state, model)
@@ -390,6 +407,8 @@ class AnswerCallback(TrainerCallback):
         batch_size (`int`, defaults to 64): Prompts per `generate` call of one rank.
         every (`str`, defaults to `"stage"`): `"stage"`, `"epoch"` or `"end"`.
         generate_kwargs (`dict`, *optional*): More arguments of `generate`.
+
+    [`StageTrainer`] also takes the answers into the metrics of its evaluations of the same data set.
     """
 
     def __init__(
@@ -408,12 +427,26 @@ class AnswerCallback(TrainerCallback):
         self.pending: dict[str, float] = {}
         self.seconds = 0.0  # of `pending`, which are none of training
         self.shown: list[tuple[int, list[int], bool]] = []  # the first that this rank asked: index, new tokens, right
+        self._latest: dict[str, float] = {}  # what the weights as they are have answered
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuses data of which ranks have different samples."""
         check_ranks_agree(self.dataset, args.device)
+        self._latest = {}
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forgets the answers of weights that are about to change."""
+        self._latest = {}
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forgets the answers: other weights may have been loaded."""
+        self._latest = {}
 
     def on_step_end(
         self,
@@ -421,6 +454,7 @@ class AnswerCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: Any = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         """Measures after the last step of a stage (or epoch), or of the run."""
@@ -432,7 +466,9 @@ class AnswerCallback(TrainerCallback):
         stage = self.curriculum.stage(epoch - 1)
         if is_last or self.every == "epoch" or (self.every == "stage" and self.curriculum.stage(epoch) != stage):
             begun = perf_counter()
-            self.pending = self.measure(model, stage, disable_tqdm=bool(args.disable_tqdm))
+            if hasattr(optimizer, "eval"):  # schedule-free ones train other weights than they give; as an evaluation
+                optimizer.eval()
+            self.pending = self.measure_once(model, stage, disable_tqdm=bool(args.disable_tqdm))
             self.seconds = perf_counter() - begun
             control.should_log = True
 
@@ -447,6 +483,12 @@ class AnswerCallback(TrainerCallback):
         """Adds what was measured to the log that it asked for."""
         add_to_log(state, logs, self.pending)
         self.pending, self.seconds = {}, 0.0
+
+    def measure_once(self, model: PreTrainedModel, stage: int, *, disable_tqdm: bool = False) -> dict[str, float]:
+        """As [`~AnswerCallback.measure`], while a run trains: not again before its next step."""
+        if self._latest.get("eval/stage") != stage:
+            self._latest = self.measure(model, stage, disable_tqdm=disable_tqdm)
+        return dict(self._latest)
 
     def measure(self, model: PreTrainedModel, stage: int, *, disable_tqdm: bool = False) -> dict[str, float]:
         """Accuracy and mean number of new tokens at `stage`, over all ranks."""
@@ -483,7 +525,59 @@ class AnswerCallback(TrainerCallback):
         prompts = [self.dataset.prompt(index, self.dataset.num_thoughts(index, stage)) for index in indices]
         batch = self.collator.prompts(prompts)
         length, pad = batch["input_ids"].shape[1], self.collator.pad_token_id
+        config = self.generate_kwargs.get("generation_config") or model.generation_config
+        ends = self.generate_kwargs.get("eos_token_id", config.eos_token_id)
         batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
         settings = {"max_new_tokens": self.dataset.max_new_tokens(), "do_sample": False, "num_beams": 1}
         output = model.generate(**batch, **(settings | self.generate_kwargs))
-        return [[token for token in tokens if token != pad] for tokens in output[:, length:].tolist()]
+        return [written_tokens(row, ends, pad) for row in output[:, length:].tolist()]
+
+
+class StageComparisonCallback(TrainerCallback):
+    """
+    Lets evaluations be compared only within a stage: a new one begins with no best model, and with nothing that a
+    learning rate which follows the evaluations (`reduce_lr_on_plateau`, `greedy`) has seen. The rate itself stays.
+
+    Args:
+        curriculum ([`CurriculumArguments`]): Says when a stage begins.
+    """
+
+    def __init__(self, curriculum: CurriculumArguments):
+        self.curriculum = curriculum
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As at the beginning of an epoch, before which a run may evaluate; refuses a run that never would."""
+        last = state.num_train_epochs if args.eval_strategy == "epoch" else state.max_steps
+        if args.eval_strategy != "no" and args.eval_delay > last:
+            raise ValueError(
+                f"`--eval_delay` is {args.eval_delay}, but the run ends after {last} ({args.eval_strategy}), so that "
+                "nothing would be evaluated. Lower it, or leave out `--eval_strategy`."
+            )
+        self.on_epoch_begin(args, state, control, **kwargs)
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Forgets the best of another stage."""
+        epoch = state.epoch or 0
+        if epoch == 0 or epoch % 1 > 0 or self.curriculum.stage(int(epoch)) == self.curriculum.stage(int(epoch) - 1):
+            return
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        forget_best(lr_scheduler)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Says so if there is no best model to load."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is None:
+            logger.warning(
+                "`load_best_model_at_end`: no evaluation of the last stage gave a number, so there is no best model. "
+                "The model is that of the last step."
+            )

@@ -154,9 +154,10 @@ def results_table(log_history: Sequence[Mapping[str, Any]]) -> str:
     ]
     for row in answers_of(log_history):
         low, high = wilson_interval(row["eval/accuracy"], row["eval/samples"])
+        kept = f"  kept, of step {row['eval/best_step']}" if "eval/best_step" in row else ""
         lines.append(
             f"{row['eval/stage']:>5}  {row['eval/num_thoughts']:>8}  {row['eval/accuracy']:>8.1%}  "
-            f"{low:>7.1%} - {high:>6.1%}  {row['eval/new_tokens']:>10.1f}  {row['eval/samples']:>7}"
+            f"{low:>7.1%} - {high:>6.1%}  {row['eval/new_tokens']:>10.1f}  {row['eval/samples']:>7}{kept}"
         )
     return "\n".join(lines) if lines[1:] else ""
 

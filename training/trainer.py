@@ -1,6 +1,6 @@
-"""The trainer: the stock one, with schedules by stage, its speed in the log, and our model card. Asks nothing.
+"""The trainer: the stock one, with schedules and comparisons by stage, its speed in the log, and our model card.
 
-It knows no settings file.
+It knows no settings file, and asks by `AnswerCallback` only.
 """
 
 import math
@@ -17,16 +17,16 @@ import torch.distributed as dist
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments
 from transformers.optimization import get_scheduler
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import SaveStrategy, SchedulerType, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, SchedulerType, TrainOutput
 from transformers.utils import logging
 
 from ..compat import put_first, set_scheduler, world_size
 from ..curriculum import CurriculumArguments, setting
 from ..data_multicoco import StageDataset
-from ..trainer_callbacks import AnswerCallback, CurriculumCallback
+from ..trainer_callbacks import AnswerCallback, CurriculumCallback, StageComparisonCallback, check_devices
 from .trackers import report_answers
 
 
@@ -38,6 +38,7 @@ DEFAULT_SCHEDULES = (SchedulerType.LINEAR, SchedulerType.WARMUP_STABLE_DECAY)
 PARTS = {"vision": "vision_tower.", "projector": "multi_modal_projector.", "thought": "trainable_tokens"}
 SPEED = "speed/"  # begins the names of what depends on the time a run took
 ANSWERS = "eval/"  # begins the names of what `AnswerCallback` logs
+METRICS = ("loss", "accuracy")  # of an evaluation with answers, by which models may be compared
 
 
 def _default(name: str, value: Any) -> Any:
@@ -72,6 +73,91 @@ class CoconutArguments(TrainingArguments):
         },
     )
     logging_nan_inf_filter: bool = _default("logging_nan_inf_filter", False)  # it would log a NaN as a loss of 0
+
+
+def check_evaluation(
+    args: TrainingArguments,
+    curriculum: CurriculumArguments,
+    *,
+    has_data: bool,
+    metrics: Sequence[str] | None = METRICS,
+) -> None:
+    """
+    Checks what a run is told of evaluations. A learning rate that follows a metric which is to rise learns that it is.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): Of the run.
+        curriculum ([`CurriculumArguments`]): Of the run.
+        has_data (`bool`): Whether there is something to evaluate.
+        metrics (`Sequence[str]`, *optional*): What an evaluation measures; `None` if that is not known.
+
+    Raises:
+        ValueError: a flag would be ignored, or could not mean what it says.
+    """
+    strategy, is_best = IntervalStrategy(args.eval_strategy), args.save_strategy == "best"
+    evaluates = strategy != "no"
+    if (evaluates or args.eval_on_start) and not has_data:
+        flag = f"--eval_strategy {strategy.value}" if evaluates else "--eval_on_start"
+        raise ValueError(
+            f"`{flag}` has nothing to evaluate. Give `--eval_file` (in Python `eval_dataset`), or drop it."
+        )
+    needs_evaluations = {
+        "--load_best_model_at_end": args.load_best_model_at_end,
+        "--save_strategy best": is_best,
+        "--metric_for_best_model": args.metric_for_best_model is not None,
+        "--greater_is_better": args.greater_is_better is not None,
+        "--eval_delay": args.eval_delay > 0,
+        "--do_eval": args.do_eval,
+    }
+    ignored = [] if evaluates else [flag for flag, is_given in needs_evaluations.items() if is_given]
+    if args.eval_steps is not None and strategy != "steps":
+        ignored.append("--eval_steps")
+    if ignored:
+        raise ValueError(
+            f"`{ignored[0]}` is about evaluations during training and would be ignored. Give `--eval_file` and "
+            f"`--eval_strategy {'steps' if ignored[0] == '--eval_steps' else 'epoch'}`, or drop it."
+        )
+    if args.do_predict:
+        raise ValueError("`--do_predict` would be ignored. Score the trained model by score.py.")
+    if is_best and args.metric_for_best_model is None:
+        raise ValueError("`--save_strategy best` needs `--metric_for_best_model`: loss, or what else is measured.")
+    wanted = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if metrics is not None and wanted not in metrics:
+        raise ValueError(
+            f"`--metric_for_best_model` is {args.metric_for_best_model!r}, expected what an evaluation measures: "
+            f"{', '.join(metrics)}."
+        )
+    if args.load_best_model_at_end and args.save_strategy == "steps" and args.save_steps != args.eval_steps:
+        raise ValueError(
+            f"`--load_best_model_at_end` with `--eval_steps {args.eval_steps}` and `--save_steps {args.save_steps}`: "
+            "the best model of a stage might not be saved. Make them equal, or give `--save_strategy best`."
+        )
+    if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        _check_adaptive_rate(args, curriculum)
+
+
+def _check_adaptive_rate(args: TrainingArguments, curriculum: CurriculumArguments) -> None:
+    kind, mode = SchedulerType(args.lr_scheduler_type).value, "max" if args.greater_is_better else "min"
+    given: dict[str, Any] = {"mode": mode, **cast(dict, args.lr_scheduler_kwargs or {})}
+    if curriculum.restart_schedule:
+        raise ValueError(
+            f"`--lr_scheduler_type {kind}` and `--restart_schedule` are two schedules, of which one would be ignored. "
+            "Drop one."
+        )
+    if given["mode"] != mode:
+        raise ValueError(
+            f"`--lr_scheduler_kwargs` has mode {given['mode']!r}, but `--metric_for_best_model "
+            f"{args.metric_for_best_model}` is better the {'larger' if mode == 'max' else 'smaller'} it is. Leave "
+            "`mode` out, or set `--greater_is_better`."
+        )
+    least = given.get("min_lr", 1e-3)  # the default of `greedy`
+    least = max(least) if isinstance(least, (list, tuple)) else least
+    if kind == "greedy" and least >= args.learning_rate:
+        raise ValueError(
+            f"`--lr_scheduler_type greedy` does not go below its `min_lr` {least}, and `--learning_rate` is "
+            f"{args.learning_rate}, so that it could only rise. Give `--lr_scheduler_kwargs '{{\"min_lr\": 1e-7}}'`."
+        )
+    args.lr_scheduler_kwargs = given
 
 
 class EpochLengthSampler(LengthGroupedSampler):
@@ -221,6 +307,11 @@ class StageTrainer(Trainer):
     that survives a resume, the speed beside every logged loss, and our model card. Callbacks that are given come
     before its own, so that what they add to the log is reported.
 
+    An evaluation is at the model's stage. Its metrics are the loss and, of data that an [`AnswerCallback`] asks, the
+    answers (`eval_accuracy` and more). They are compared within a stage only: the best model is that of the stage in
+    force, and [`~transformers.EarlyStoppingCallback`] stops in the last one only. The model smooths labels, also those
+    of a step loss.
+
     Args:
         curriculum ([`CurriculumArguments`]): Says how long stages are.
         callbacks (`Sequence[TrainerCallback]`, *optional*): As of [`~transformers.Trainer`], like all other arguments.
@@ -228,6 +319,7 @@ class StageTrainer(Trainer):
 
     train_dataset: StageDataset
     optimizer: Optimizer  # made before its schedule
+    model: Any
 
     def __init__(
         self,
@@ -239,6 +331,25 @@ class StageTrainer(Trainer):
         self.curriculum, self.throughput = curriculum, Throughput()
         super().__init__(*args, callbacks=list(callbacks or ()), **kwargs)  # type: ignore[misc]  # never by its place
         put_first(self, callbacks or ())
+        self._check()
+        self.add_callback(StageComparisonCallback(curriculum))
+        self.label_smoother = None  # the model smooths, see `_prepare_inputs`
+
+    def _check(self) -> None:
+        check_devices(self.args)
+        has_answers = any(one.dataset is self.eval_dataset for one in self._answering())
+        is_known = self.compute_metrics is None and not isinstance(self.eval_dataset, dict)
+        metrics = METRICS if has_answers else METRICS[:1]
+        has_data = self.eval_dataset is not None
+        check_evaluation(self.args, self.curriculum, has_data=has_data, metrics=metrics if is_known else None)
+        if self.args.label_smoothing_factor and self.compute_loss_func is not None:
+            raise ValueError(
+                "`label_smoothing_factor` would be ignored beside `compute_loss_func`, which computes the loss. "
+                "Drop one."
+            )
+
+    def _answering(self) -> list[AnswerCallback]:
+        return [one for one in self.callback_handler.callbacks if isinstance(one, AnswerCallback)]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -260,27 +371,63 @@ class StageTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As [`~transformers.Trainer.log`]; a logged loss has the speed of its steps beside it."""
         if "loss" in logs:
-            callbacks = self.callback_handler.callbacks
-            answering = sum(callback.seconds for callback in callbacks if isinstance(callback, AnswerCallback))
+            answering = sum(callback.seconds for callback in self._answering())
             logs = logs | self.throughput.rates(self.args.device, other_seconds=answering)
         super().log(logs, start_time)
         if f"{ANSWERS}accuracy" in logs and self.is_world_process_zero():
             self._report_answers()
 
     def _report_answers(self) -> None:
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, AnswerCallback):
-                rows = []
-                for index, tokens, is_right in callback.shown:
-                    record = callback.dataset.records[callback.dataset.record_of(index)]
-                    written = cast(Any, self.processing_class).tokenizer.decode(tokens, skip_special_tokens=True)
-                    rows.append((record["id"], record["question"], record["answer"], written, is_right))
-                report_answers(self.callback_handler.callbacks, rows, self.state.global_step)
+        for callback in self._answering():
+            rows = []
+            for index, tokens, is_right in callback.shown:
+                record = callback.dataset.records[callback.dataset.record_of(index)]
+                written = cast(Any, self.processing_class).tokenizer.decode(tokens, skip_special_tokens=True)
+                rows.append((record["id"], record["question"], record["answer"], written, is_right))
+            report_answers(self.callback_handler.callbacks, rows, self.state.global_step)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As [`~transformers.Trainer.evaluate`], outside the time of training."""
         self.throughput.stop()
+        if self.model.config.stage < self.curriculum.last_stage:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, EarlyStoppingCallback):
+                    callback.early_stopping_patience_counter = -1  # so that it is 0 at most after this evaluation
         return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As [`~transformers.Trainer.evaluation_loop`]; an evaluation is at the model's stage, and has the answers."""
+        dataset, is_evaluation = getattr(dataloader, "dataset", None), description == "Evaluation"
+        stage = self.model.config.stage
+        if is_evaluation and isinstance(dataset, StageDataset) and dataset is not self.train_dataset:
+            dataset.set_stage(stage)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        metrics = cast(dict[str, float], output.metrics)
+        for callback in self._answering():
+            if is_evaluation and callback.dataset is dataset:
+                measure = callback.measure_once if self.is_in_train else callback.measure
+                answers = measure(self.model, stage, disable_tqdm=bool(self.args.disable_tqdm))
+                for name, value in answers.items():
+                    metrics[f"{metric_key_prefix}_{name.removeprefix(ANSWERS)}"] = value
+        return output
+
+    def _load_best_model(self) -> None:
+        """As [`~transformers.Trainer`]; the last answers of the log are then those of the model that is kept."""
+        super()._load_best_model()
+        history, step = self.state.log_history, self.state.best_global_step
+        rows = [entry for entry in history if f"{ANSWERS}accuracy" in entry]
+        best = [entry for entry in history if entry["step"] == step and "eval_accuracy" in entry]
+        if best and rows and rows[-1]["step"] != step:
+            names = {name: f"eval_{name.removeprefix(ANSWERS)}" for name in rows[-1]}
+            answers = {name: best[-1][logged] for name, logged in names.items() if logged in best[-1]}
+            self.log({**answers, f"{ANSWERS}best_step": cast(int, step)})
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """As [`~transformers.Trainer.save_model`], with which a checkpoint begins, outside the time of training."""
@@ -288,8 +435,13 @@ class StageTrainer(Trainer):
         super().save_model(*args, **kwargs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As [`~transformers.Trainer`]; tiles that came to the device as bytes are normalised there."""
+        """
+        As [`~transformers.Trainer`]; tiles that came to the device as bytes are normalised there, and the model is
+        told to smooth labels.
+        """
         inputs = super()._prepare_inputs(inputs)
+        if self.args.label_smoothing_factor and "labels" in inputs:
+            inputs["smoothing"] = self.args.label_smoothing_factor
         pixel_values, normalize = inputs.get("pixel_values"), getattr(self.processing_class, "normalize_pixels", None)
         if normalize and pixel_values is not None and pixel_values.dtype == torch.uint8:
             inputs["pixel_values"] = normalize(pixel_values)
