@@ -234,7 +234,7 @@ REFUSED_BESIDE = [
     ("--save_strategy best", "`--save_strategy best` needs `--metric_for_best_model`: loss"),
     ("--metric_for_best_model bleu", "is 'bleu', expected .*: loss, accuracy"),
     (
-        "--eval_strategy steps --eval_steps 2 --save_steps 4 --load_best_model_at_end true",
+        "--eval_strategy steps --eval_steps 2 --save_strategy steps --save_steps 4 --load_best_model_at_end true",
         "the best model of a stage might not be saved",
     ),
     ("--lr_scheduler_type greedy --learning_rate 1e-4", "`min_lr` 0.001.* could only rise"),

@@ -374,7 +374,7 @@ class StageTrainer(Trainer):
             answering = sum(callback.seconds for callback in self._answering())
             logs = logs | self.throughput.rates(self.args.device, other_seconds=answering)
         super().log(logs, start_time)
-        if f"{ANSWERS}accuracy" in logs and self.is_world_process_zero():
+        if f"{ANSWERS}accuracy" in logs and self.is_world_process_zero() and self.processing_class is not None:
             self._report_answers()
 
     def _report_answers(self) -> None:
