@@ -8,6 +8,7 @@ tokenizer.
 """
 
 import hashlib
+import inspect
 import math
 import os
 import tempfile
@@ -83,6 +84,10 @@ def check_resumed(before: Mapping[str, Any] | None, now: Mapping[str, Any], allo
         )
 
 
+# What classes add to `param_groups` in their first step: stable_adamw and DeepSpeed's FusedAdam, grokadamw.
+ADDED_TO_GROUPS = ("step", "state")
+
+
 def check_ranks_agree(dataset: StageDataset, device: torch.device) -> None:
     """
     Checks that all ranks have the same samples: each takes its share by their numbers. Every rank must call it.
@@ -141,7 +146,8 @@ class CurriculumCallback(TrainerCallback):
     """
     Moves the data to the stage of the epoch that begins, and keeps the model's configuration in step with it.
 
-    At a new stage Adam's moments are cleared in place (`reset_optimizer_every`), on one process, DDP and ZeRO-1/2/3.
+    At a new stage the optimizer forgets what it has learned (`reset_optimizer_every`), on one process, DDP, FSDP2 and
+    ZeRO-1/2/3; one that cannot is refused at the start.
     Every checkpoint says which stage it was trained at and how many thoughts to use; so does the log.
 
     Args:
@@ -171,14 +177,18 @@ class CurriculumCallback(TrainerCallback):
         control: TrainerControl,
         model: Any = None,
         processing_class: Any = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Begins at the stage of the epoch that a resumed run is in."""
+        """Begins at the stage of the epoch that a resumed run is in; refuses an optimizer that it could not reset."""
         if getattr(args, "remove_unused_columns", False):
             raise ValueError("`remove_unused_columns` is True, but the collator reads `images`. Set it to False.")
         check_devices(args)
         for dataset in self.datasets:
             check_ranks_agree(dataset, args.device)
+        first = max(1, math.ceil(state.epoch or 0))  # at the start of a resumed epoch comes its reset
+        if optimizer is not None and any(map(self._resets, range(first, state.num_train_epochs))):
+            check_can_be_reset(optimizer)
         self.check_resumed(args, state, model)
         kept: Any = state.stateful_callbacks  # what a checkpoint has beside its numbers
         kept[IDENTITY] = identity(self.curriculum, self.datasets, args, state, model)
@@ -252,11 +262,15 @@ class CurriculumCallback(TrainerCallback):
         resumed_inside = (state.epoch or 0) % 1 > 0  # the epoch began before the interruption
         if epoch == 0 or resumed_inside:
             return
-        self._is_new = is_new_stage = self.stage != self.curriculum.stage(epoch - 1)
-        every = self.curriculum.reset_optimizer_every
-        if every == "epoch" or (every == "stage" and is_new_stage):
+        self._is_new = self.stage != self.curriculum.stage(epoch - 1)
+        if self._resets(epoch):
             reset_optimizer(optimizer)
             logger.info(f"Stage {self.stage}: the optimizer's moments are cleared.")
+
+    def _resets(self, epoch: int) -> bool:
+        """Whether this epoch, which is not the first, begins with a fresh optimizer."""
+        is_new_stage = self.curriculum.stage(epoch) != self.curriculum.stage(epoch - 1)
+        return {"epoch": True, "stage": is_new_stage, "never": False}[self.curriculum.reset_optimizer_every]
 
     def on_log(
         self,
@@ -315,15 +329,92 @@ def _widest_float(device: torch.device) -> torch.dtype:
 
 
 def reset_optimizer(optimizer: Any) -> None:
-    """Clears all moments and step counts in place, under any number of wrappers (accelerate's, DeepSpeed's)."""
+    """
+    Lets an optimizer forget, in place: it is as a new one of its class on the same weights; the learning rate stays.
+
+    Args:
+        optimizer (`Optimizer`): Of any class that [`check_can_be_reset`] lets pass, in any number of wrappers
+            (accelerate's, DeepSpeed's). One that averages weights (schedule-free) leaves the mean in the model.
+    """
+    wrappers, inner = _unwrapped(optimizer)
+    for each in inner:
+        if callable(getattr(each, "eval", None)):
+            each.eval()  # else the new one would begin at the mean or beside it, by whether an evaluation came before
+        if any(getattr(value, "is_paged", False) for state in each.state.values() for value in state.values()):
+            _zero_paged(each.state)
+            continue
+        named = {name for base in type(each).__mro__ for name in inspect.signature(base.__init__).parameters}
+        for group in each.param_groups:
+            group.update({name: value for name, value in each.defaults.items() if name in group.keys() - named})
+            for name in ADDED_TO_GROUPS:
+                group.pop(name, None)
+        each.state.clear()  # before another one is made, which may fill as much memory
+        each.state.update(_new(each, [dict(group) for group in each.param_groups]).state)
+    for wrapper in wrappers:
+        if getattr(wrapper, "_hp_optimizer_states_linked", False):  # ZeRO-1 and 2, bf16: as before the first step
+            wrapper._hp_optimizer_states_linked = False
+            for mapping in (param._hp_mapping for group in wrapper.bit16_groups for param in group):
+                if mapping is not None:
+                    mapping.optim_fragment = None  # else the old state would stay in memory
+
+
+def check_can_be_reset(optimizer: Any) -> None:
+    """
+    Checks that [`reset_optimizer`] reaches all that an optimizer has learned.
+
+    Raises:
+        ValueError: It keeps some of it elsewhere, or no other one can be made of its class.
+    """
+    wrappers, inner = _unwrapped(optimizer)
+    zero = [wrapper for wrapper in wrappers if type(wrapper).__module__.startswith("deepspeed.")]
+    for each in {type(each): each for each in inner}.values():
+        package, reason = type(each).__module__.split(".")[0], ""
+        if package == "lomo_optim":
+            reason = "it updates the weights inside the backward pass, and keeps its state beside `state`"
+        elif zero and callable(getattr(each, "eval", None)):
+            reason = "under ZeRO it averages other copies of the weights than those of the model"
+        elif type(each).__module__.startswith("deepspeed.runtime") or any(_keeps_elsewhere(each) for each in zero):
+            reason = "DeepSpeed keeps a part of its state elsewhere (NVMe, ZenFlow, SuperOffload, `ratio`, Muon)"
+        else:
+            try:
+                _new(each, [torch.nn.Parameter(torch.zeros(1))])
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                reason = f"another one cannot be made from its `defaults` ({type(error).__name__}: {error})"
+        if reason:
+            raise ValueError(
+                f"The optimizer {type(each).__module__}.{type(each).__qualname__} cannot be reset at a new stage: "
+                f"{reason}. Set `--reset_optimizer_every never`, or choose another `--optim`."
+            )
+
+
+def _unwrapped(optimizer: Any) -> tuple[list[Any], list[Any]]:
+    """The wrappers, outermost first, and what is in them: one optimizer, or (layer-wise ones) one for each weight."""
+    wrappers = []
     while hasattr(optimizer, "optimizer"):
+        wrappers.append(optimizer)
         optimizer = optimizer.optimizer
-    for state in optimizer.state.values():
+    return wrappers, list((getattr(optimizer, "optimizer_dict", None) or {None: optimizer}).values())
+
+
+def _new(optimizer: Any, params: list[Any]) -> Any:
+    """Another one of the same class and settings."""
+    arguments = inspect.signature(type(optimizer)).parameters
+    return type(optimizer)(params, **{name: value for name, value in optimizer.defaults.items() if name in arguments})
+
+
+def _zero_paged(states: dict[Any, Any]) -> None:
+    """bitsandbytes' state as it makes it; paged memory is never given back, so that a reset may not ask for more."""
+    for state in states.values():
         for name, value in state.items():
-            if isinstance(value, torch.Tensor):
-                value.zero_()
-            elif name == "step":
+            if name == "step":
                 state[name] = 0
+            elif isinstance(value, torch.Tensor) and not name.startswith("qmap"):  # tables, the same in all states
+                value.zero_()
+
+
+def _keeps_elsewhere(zero: Any) -> bool:
+    names = ("swap_optimizer", "zenflow", "backup_optimizer")
+    return any(getattr(zero, name, None) for name in names) or "SuperOffload" in type(zero).__name__
 
 
 class CompletionCallback(TrainerCallback):
