@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -343,7 +343,8 @@ def reset_optimizer(optimizer: Any) -> None:
         if any(getattr(value, "is_paged", False) for state in each.state.values() for value in state.values()):
             _zero_paged(each.state)
             continue
-        named = {name for base in type(each).__mro__ for name in inspect.signature(base.__init__).parameters}
+        makers = [cast(Any, base).__init__ for base in type(each).__mro__]
+        named = {name for maker in makers for name in inspect.signature(maker).parameters}
         for group in each.param_groups:
             group.update({name: value for name, value in each.defaults.items() if name in group.keys() - named})
             for name in ADDED_TO_GROUPS:

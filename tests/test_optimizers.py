@@ -318,7 +318,7 @@ def test_it_is_refused_at_the_start_if_a_reset_will_come(tmp_path, every, epoch,
     )
     assert [curriculum.stage(each) for each in range(6)] == [0, 0, 1, 1, 2, 2]
     callback = CurriculumCallback(curriculum)
-    model = SimpleNamespace(config=MultiCoCoConfig())
+    model = SimpleNamespace(config=MultiCoCoConfig(), parameters=lambda: [])
     args = TrainingArguments(output_dir=str(tmp_path), remove_unused_columns=False, use_cpu=True)
     state = TrainerState(epoch=epoch, num_train_epochs=num_epochs)
     optimizer = Odd(Model().parameters(), secret=1.0)
