@@ -84,4 +84,4 @@ style: env
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-clients .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-clients .venv-extras .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
