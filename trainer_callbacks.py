@@ -354,7 +354,8 @@ def reset_optimizer(optimizer: Any) -> None:
     for wrapper in wrappers:
         if getattr(wrapper, "_hp_optimizer_states_linked", False):  # ZeRO-1 and 2, bf16: as before the first step
             wrapper._hp_optimizer_states_linked = False
-            for mapping in (param._hp_mapping for group in wrapper.bit16_groups for param in group):
+            groups = getattr(wrapper, "bit16_groups", None) or wrapper.bf16_groups
+            for mapping in (param._hp_mapping for group in groups for param in group):
                 if mapping is not None:
                     mapping.optim_fragment = None  # else the old state would stay in memory
 

@@ -96,7 +96,8 @@ def make(start, records, processor, tmp_path):
             judged.append(index)
             return index < right[(len(judged) - 1) // NUM_ASKED]
 
-        answer = AnswerCallback(curriculum, asked, collator, is_correct, every="epoch")
+        short = {"max_new_tokens": 1}
+        answer = AnswerCallback(curriculum, asked, collator, is_correct, every="epoch", generate_kwargs=short)
         trainer = StageTrainer(
             start,
             arguments(tmp_path, num_train_epochs=curriculum.num_epochs, **settings),
