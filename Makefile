@@ -4,7 +4,7 @@ BIN := .venv/bin
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2
 BASELINES := plain cot no_cot no_thoughts pause pause_loop
 
-.PHONY: env trails train baselines truth beyond test test-first test-second test-clients check-records release-check quality style clean
+.PHONY: env trails train baselines truth beyond test test-first test-second test-clients test-extras check-records release-check quality style clean
 
 env: .venv/installed
 
@@ -55,6 +55,15 @@ test-first test-second: env
 test-clients: .venv-clients/installed
 	PATH="$(CURDIR)/.venv-clients/bin:$$PATH" .venv-clients/bin/python -m pytest tests/clients tests/test_clients.py
 
+# The optimizers, trackers and 4 bits of other packages, in an environment of their own.
+.venv-extras/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-extras
+	.venv-extras/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,optimizers,qlora,trackers]'
+	touch $@
+
+test-extras: .venv-extras/installed
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/.venv-extras/bin:$$PATH" .venv-extras/bin/python -m pytest tests/test_optimizers.py tests/test_trackers.py $(wildcard tests/test_lora*.py tests/test_folders.py tests/test_qlora.py)
+
 # Memory of two ranks with 100,000 records, the time to start; that the benchmark of pictures runs.
 check-records: env
 	$(BIN)/python benchmarks/records.py
@@ -75,4 +84,4 @@ style: env
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-clients .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-clients .venv-extras .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -32,6 +32,7 @@ if is_torch_available():  # a configuration and a tokenizer load without it
     import torch.distributed as dist
     from torch import nn
     from transformers.integrations.fsdp import is_fsdp_managed_module
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 # What a picture that cannot be fetched raises, none of it an `OSError`. Upstream: `load_image` that raises one.
 DOWNLOAD_ERRORS: tuple[type[Exception], ...] = (httpx.HTTPError, httpx.InvalidURL)
@@ -108,6 +109,24 @@ def most_of_all_ranks(count: int, device: torch.device) -> int:
     return int(most)
 
 
+def is_finite(model: nn.Module, device: torch.device) -> bool:
+    """
+    Whether all parameters of a model are numbers, on all ranks; each must call it. Of what is sharded every rank looks
+    at its own part. It waits for the device.
+
+    Upstream: a model that says so, however it is sharded.
+    """
+    defects = torch.zeros((), device=device)
+    for param in model.parameters():
+        own: Any = getattr(param, "ds_tensor", param)
+        own = own.to_local() if hasattr(own, "to_local") else own
+        if own.is_floating_point():
+            defects += (~torch.isfinite(own.detach())).any().to(defects)
+    if world_size() > 1:
+        dist.all_reduce(defects)
+    return not defects.item()
+
+
 def gathered(weight: torch.Tensor) -> AbstractContextManager[Any]:
     """
     The whole of a parameter that ZeRO-3 has partitioned; what is written to it on rank 0 reaches all.
@@ -168,6 +187,33 @@ def checkpointed_with_cache(layers: nn.ModuleList) -> Iterator[None]:
     finally:
         for layer in checkpointed:
             layer._can_checkpoint_with_cache = False
+
+
+def only_loss_is_read() -> bool:
+    """
+    Whether a `Trainer` evaluates this forward and drops all but its loss, as it does without `compute_metrics`; never
+    for one with a `compute_loss` of its own, which may read more. It does not tell the model, so its call is found.
+
+    Upstream: `skip_logits`, which `Trainer.prediction_step` hands to the model beside the liger kernels only.
+    """
+    library: Any = sys.modules.get("transformers.trainer")
+    frame: Any = None if library is None or torch.compiler.is_compiling() else sys._getframe(1)
+    while frame is not None and frame.f_code is not library.Trainer.prediction_step.__code__:
+        frame = frame.f_back
+    if frame is None:
+        return False
+    is_stock = type(frame.f_locals["self"]).compute_loss is library.Trainer.compute_loss
+    return is_stock and bool(frame.f_locals["prediction_loss_only"])
+
+
+def shifts_smoothed_labels(model_class: type) -> None:
+    """
+    Tells `Trainer` that the labels of a class are those of the next token, which it asks only by the class's name, and
+    only of transformers' own: with `label_smoothing_factor` it would let each position predict itself.
+
+    Upstream: a `LabelSmoother` that is told `Trainer._loss_shifts_labels`, which is known.
+    """
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"multicoco:{model_class.__name__}"] = model_class.__name__
 
 
 def is_2d(attention_mask: object) -> TypeGuard[torch.Tensor]:
@@ -355,6 +401,20 @@ def put_first(trainer: Any, callbacks: Sequence[Any]) -> None:
     """
     own = [callback for callback in callbacks if isinstance(callback, type)]
     trainer.callback_handler.callbacks.sort(key=lambda one: one not in callbacks and type(one) not in own)
+
+
+def forget_best(scheduler: Any) -> None:
+    """
+    Makes a schedule that follows evaluations (`reduce_lr_on_plateau`, `greedy`) compare anew, with the rate as it is;
+    to any other it does nothing.
+
+    Upstream: a public name for it that leaves the rate.
+    """
+    if hasattr(scheduler, "num_bad_epochs"):
+        rates = [group["lr"] for group in scheduler.optimizer.param_groups]
+        scheduler._reset()
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def set_scheduler(trainer: Any, scheduler: Any) -> None:

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .compat import read_json, read_text
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
 
 IMAGE_PLACEHOLDER = "<image>"  # one per image, in the text of a user
 IMAGE_CONTEXT_TOKEN = "<IMG_CONTEXT>"  # one per visual feature: the embedding there is overwritten

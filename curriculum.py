@@ -142,6 +142,12 @@ class CurriculumArguments:
         """Epochs of the whole schedule. The modes without stages get as many, so that all train equally long."""
         return self.first_epochs + (self._most_stages - self.first_latent_stage + 1) * self.epochs_per_stage
 
+    @property
+    def starts(self) -> list[int]:
+        """The epochs that the stages of the schedule begin with, 0 first. The modes without stages have the same."""
+        later = range(self._most_stages - self.first_latent_stage + 1)
+        return [0, *(self.first_epochs + self.epochs_per_stage * number for number in later)]
+
     def stage(self, epoch: int) -> int:
         """The scheduled stage of an epoch (from 0); a pure function, so that a resumed run finds it by itself."""
         if epoch < self.first_epochs:
@@ -255,6 +261,23 @@ def compose(
         prompt += [token for token in (start, *[latent] * num_thoughts, end) if token is not None]
     body = [token for step in steps for token in step] + list(answer)
     return prompt + body, [-100] * len(prompt) + body
+
+
+def written_tokens(row: Sequence[int], ends: int | Sequence[int] | None, pad: int | None) -> list[int]:
+    """
+    What a model wrote of the new tokens of a row: all up to its first end token, and this. What follows is padding,
+    also where both are one token.
+
+    Args:
+        row (`Sequence[int]`): New tokens, as `generate` pads them.
+        ends (`int` or `Sequence[int]`, *optional*): The end tokens that it was generated with.
+        pad (`int`, *optional*): Of a row that ended without one, these at its end are left out.
+    """
+    last = {ends} if isinstance(ends, int) else set(ends or ())
+    length = next((place for place, token in enumerate(row, start=1) if token in last), None)
+    if length is None:
+        length = next((place for place in range(len(row), 0, -1) if row[place - 1] != pad), 0)
+    return list(row[:length])
 
 
 def final_answer(text: str) -> str:

@@ -277,6 +277,9 @@ class StageDataset(torch.utils.data.Dataset):
         num_proc (`int`, *optional*): Processes that tokenize. By default one for every 5,000 records, at most one a
             core.
         overwrite_cache (`bool`, defaults to `False`): Tokenize again what was tokenized before.
+        is_evaluated (`bool`, defaults to `False`): Compose samples as they are asked, and alike in all epochs, so that
+            numbers can be compared: none is mixed, none has its thoughts drawn, and data without any written step has
+            those of the stage.
 
     Raises:
         ValueError: a record has a defect, is too long, an image cannot be read, or pieces tokenize differently from
@@ -294,6 +297,7 @@ class StageDataset(torch.utils.data.Dataset):
         skip_bad_records: bool = False,
         num_proc: int | None = None,
         overwrite_cache: bool = False,
+        is_evaluated: bool = False,
     ):
         processor.check_tile_limits(processor.images_kwargs)
         self.curriculum, self.seed = curriculum, seed
@@ -327,7 +331,10 @@ class StageDataset(torch.utils.data.Dataset):
         if not len(self._places):
             raise ValueError("No usable record is left. Check `records`, and the list of defects, if any.")
         self.records = records.select(self._places)
-        self._has_steps = _has_steps(table)
+        self._has_steps, self._is_evaluated = _has_steps(table), is_evaluated
+        if is_evaluated:
+            rules = replace(curriculum, mix="none", draw_surplus=False)
+            self.curriculum = rules if self._has_steps else replace(rules, without_steps="thoughts")
         self._mixture = _Mixture(self.records.by_set(), seed)
 
     @property
@@ -356,7 +363,7 @@ class StageDataset(torch.utils.data.Dataset):
                 f"{rules.mix}` would train no thought at any stage. Write steps, pass `--without_steps thoughts` (and "
                 "another `--mix` than uniform), or train with `--mode no_cot`."
             )
-        self._clock[0], self._clock[1] = stage, epoch
+        self._clock[0], self._clock[1] = stage, 0 if self._is_evaluated else epoch
 
     def __len__(self) -> int:
         return self._mixture.num_samples
@@ -419,11 +426,11 @@ class StageDataset(torch.utils.data.Dataset):
         return max(sum(steps) + shape.answer for shape in self.shapes() for steps in shape.rationales)
 
     def digest(self) -> str:
-        """Hexadecimal digits that are the same for the same ids, lengths and tiles of all records, in this order."""
-        columns, found = self._rows.table.data, hashlib.sha256(f"{len(self)} {self.seed}".encode())
+        """Hexadecimal digits that are the same for the same ids, tokens and tiles of all records, in this order."""
+        columns, found = self._rows.table.data, hashlib.sha256(f"{len(self)}".encode())
         for chunk in columns.column("id").chunks:
             found.update("".join(f"{name}\n" for name in chunk.drop_null().to_pylist()).encode())
-        for name in ("lengths", "num_patches_list"):
+        for name in ("lengths", "num_patches_list", "ids"):
             for chunk in columns.column(name).chunks:
                 found.update(chunk.flatten().to_numpy().tobytes())  # a record with a defect has none
         return found.hexdigest()

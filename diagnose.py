@@ -23,7 +23,7 @@ from multicoco.evaluation.edits import choose_records
 from multicoco.evaluation.metric import check_records, load_metric
 from multicoco.evaluation.page import draw_attention, draw_pictures, page, report_table
 from multicoco.evaluation.readings import check_function, load_follow, load_same_step
-from multicoco.evaluation.settings import choose_device, parse_settings
+from multicoco.evaluation.settings import choose_device, folder_for, parse_settings
 from multicoco.evaluation.subject import AskArguments, Subject
 from multicoco.evaluation.verdicts import Examined, Reading, Scores, make_report
 
@@ -35,7 +35,9 @@ class DiagnoseArguments(AskArguments):
     model: str = setting("Folder or Hub name of a checkpoint.")
     report: str = setting("The page to write.", default="report.html")
     output_dir: str = setting(
-        "Folder of diagnosis.json and of the predictions of each experiment.", default="out/diagnosis"
+        "Folder of diagnosis.json and of the predictions of each experiment. If not given, `diagnosis` in the folder "
+        "of `--model`, where the model card looks; out/diagnosis if that is on the Hub.",
+        default="",
     )
     control: str | None = setting(
         "A checkpoint without thoughts, or with constant ones, to set beside it (train.py --mode).", default=None
@@ -62,6 +64,7 @@ class DiagnoseArguments(AskArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.output_dir = self.output_dir or folder_for("diagnosis", self.model)
         least = {"num_thoughts": 0, "max_samples": 2, "batch_size": 1, "num_drawn": 0, "num_read": 0}
         check_settings(self, **least, num_attention=1, seed=0)
         check_function(self.follow, "follow")

@@ -42,7 +42,7 @@ from .configuration_multicoco import (
 from .processing_multicoco import expand_image_tokens
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 # What `forward` of the original program takes by position.

@@ -37,7 +37,9 @@ from .compat import (
     is_reentrant,
     is_sharded,
     most_of_all_ranks,
+    only_loss_is_read,
     settled_rotary,
+    shifts_smoothed_labels,
 )
 from .configuration_multicoco import (
     END_LATENT_TOKEN,
@@ -78,7 +80,7 @@ from .passes import (
 from .processing_multicoco import RESERVED_TOKENS, MultiCoCoProcessor, plain_processor, prepare_tokenizer
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
 
 
 @dataclass
@@ -108,8 +110,9 @@ class MultiCoCoOutputWithPast(InternVLCausalLMOutputWithPast):
 
     loss (`torch.FloatTensor` of shape `(1,)`, *optional*): returned with `labels`.
     logits (`torch.FloatTensor` of shape `(batch_size, kept, vocab_size)`, *optional*):
-        `None` in training with `labels`, unless `logits_to_keep` asks for them: over a long image prefix they would be
-        the largest tensor of the step, and only the labelled positions are needed.
+        `None` with `labels` in training, and where `Trainer` evaluates and reads the loss only, unless
+        `logits_to_keep` asks for them: over a long image prefix they would be the largest tensor of the step, and only
+        the labelled positions are needed.
     thoughts (`torch.FloatTensor` of shape `(batch_size, num_thoughts, hidden_size)`, *optional*):
         What was fed at the latent positions, with `return_thoughts=True`; zeros after the last thought of a row.
     step_loss (`torch.FloatTensor` of shape `()`, *optional*):
@@ -371,6 +374,10 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
     backbone_class = MultiCoCoModel
     model: MultiCoCoModel
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        shifts_smoothed_labels(cls)
+
     @takes_original_order
     @can_return_tuple
     def forward(
@@ -395,6 +402,7 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
         edit_thoughts: EditThoughts | None = None,
         answer_sees: str = "all",
         step_ids: torch.Tensor | None = None,
+        smoothing: float = 0.0,
         **kwargs: Any,
     ) -> tuple[Any, ...] | MultiCoCoOutputWithPast:
         r"""
@@ -403,9 +411,8 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
 
         Args:
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Defaults to counting the real tokens of each row, padded on either side. Positions that start again
-                within them mean that the row is packed: its samples do not see each other. Give the first token of
-                each no label.
+                Defaults to counting the real tokens of each row, padded on either side. Where they start again the row
+                is packed: its samples do not see each other. Give the first token of each no label.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Ids to predict, -100 where none is; shifted inside. The loss is the mean over all labels of the batch,
                 or their sum over `num_items_in_batch`. With `logits_to_keep` they may be those of the kept positions.
@@ -415,20 +422,20 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
             edit_thoughts (`Callable`, *optional*):
                 `(thought (batch_size, hidden_size), index) -> thought`, called for every thought inside the loop:
                 later thoughts and the answer follow from the edited one. It gets all rows; those without this thought
-                at this position are ignored: swap rows only where thoughts are aligned. In a packed row thoughts are
-                counted through.
+                there are ignored: swap only where thoughts are aligned. In a packed row they are counted through.
             answer_sees (`str`, defaults to `"all"`):
                 What positions after the last thought may attend to: `"all"`, `"no_image"`, or `"thoughts_only"`
                 (the thoughts, and what comes after them). The thoughts themselves see everything before them.
             step_ids (`torch.LongTensor` of shape `(batch_size, groups, length)`, *optional*):
                 Text of each group of `config.c_thought` thoughts, -100 behind it; see [`~objectives.StepDecoding`].
+            smoothing (`float`, defaults to 0): The share of each target that all tokens have in equal parts.
 
         Raises:
-            ValueError: tiles and `<IMG_CONTEXT>` tokens do not match; a thought that has no state before it, or that
-                stands in the padding or before an image; checkpointing that would give wrong gradients.
+            ValueError: tiles and `<IMG_CONTEXT>` tokens do not match; a thought without a state before it, in the
+                padding or before an image; checkpointing that would give wrong gradients.
         """
         tokens = tokens_of(input_ids, inputs_embeds)
-        targets = self.read_targets(labels, step_ids, tokens, latent_mask, logits_to_keep, **kwargs)
+        targets = self.read_targets(labels, step_ids, tokens, latent_mask, logits_to_keep, smoothing, **kwargs)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -442,7 +449,7 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
             image_flags=image_flags,
             num_patches_list=num_patches_list,
             latent_mask=latent_mask,
-            use_cache=use_cache,
+            use_cache=self.cache_beside(labels, past_key_values, use_cache=use_cache),
             return_thoughts=return_thoughts,
             edit_thoughts=edit_thoughts,
             answer_sees=answer_sees,
@@ -465,19 +472,14 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
         """
         hidden_states = outputs.last_hidden_state  # (B, T, D)
         loss = logits = step_loss = None
-        if targets is not None:  # logits only where there is a label: (labels, V)
-            rows, positions = (index.to(hidden_states.device) for index in (targets.rows, targets.positions))
-            loss = self.loss_function(
-                logits=self.lm_head(hidden_states[rows, positions]),
-                labels=None,
-                shift_labels=targets.labels.to(hidden_states.device)[rows, positions + 1],
-                vocab_size=self.config.text_config.vocab_size,
-                **kwargs,
-            )
+        if targets is not None:
+            loss = self.word_loss(hidden_states, targets, **kwargs)
         if targets is not None and targets.texts is not None:
-            step_loss = self.step_loss(outputs.states, hidden_states, targets.texts) / targets.num_items
+            sums = self.step_loss(outputs.states, hidden_states, targets.texts, targets.smoothing)
+            step_loss = sums / targets.num_items
             loss = loss + self.config.step_loss_weight * step_loss
-        if targets is None or not self.training or not isinstance(logits_to_keep, int) or logits_to_keep:
+        are_asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0
+        if targets is None or are_asked or not (self.training or only_loss_is_read()):
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         return MultiCoCoOutputWithPast(
             loss=loss,
@@ -787,4 +789,5 @@ def export_internvl(
 
 
 register_checkpoint_names(MultiCoCoForConditionalGeneration)
+shifts_smoothed_labels(MultiCoCoForConditionalGeneration)
 MultiCoCoForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -80,6 +80,7 @@ class Targets:
     positions: torch.Tensor
     texts: StepTexts | None
     num_items: Any  # what sums of losses are divided by
+    smoothing: float
 
 
 def states_before(hidden_states: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor | None:
@@ -94,14 +95,27 @@ def states_before(hidden_states: torch.Tensor, numbers: torch.Tensor) -> torch.T
     return states.index_put((rows, numbers[rows, positions] - 1), hidden_states[rows, positions - 1])
 
 
+def _widened(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 class StepDecoding:
-    """What a model with a head can do with groups of thoughts: learn to write their texts, and write them."""
+    """What a model with a head learns from: labels, and the texts of groups of thoughts, which it can also write."""
 
     config: Any
+    loss_function: Any
     generation_config: Any
     model: Any
     lm_head: Any
     generate: Any
+
+    def cache_beside(self, labels: Any, past_key_values: Any, *, use_cache: bool | None) -> bool | None:
+        """
+        What `use_cache` is taken for: nobody goes on from a forward with labels, unless that is asked for, here or in
+        the configuration, where `Trainer` writes its own.
+        """
+        is_open = use_cache is None and past_key_values is None and labels is not None
+        return False if is_open and not getattr(self.config, "use_cache", False) else use_cache
 
     def read_targets(
         self,
@@ -110,6 +124,7 @@ class StepDecoding:
         tokens: torch.Tensor,
         latent_mask: torch.Tensor | None,
         logits_to_keep: int | torch.Tensor,
+        smoothing: float = 0.0,
         num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Targets | None:
@@ -122,6 +137,7 @@ class StepDecoding:
             tokens (`torch.Tensor` of shape `(B, T)`): Ids, or without them anything.
             latent_mask (`torch.BoolTensor` of shape `(B, T)`, *optional*): Where thoughts are; where ids say so.
             logits_to_keep (`int` or `torch.LongTensor`): The positions that labels of another length belong to.
+            smoothing (`float`, defaults to 0): The share of each target that all tokens have in equal parts.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): Labels of the whole optimizer step.
 
         Raises:
@@ -131,7 +147,8 @@ class StepDecoding:
             if step_ids is not None:
                 raise ValueError(
                     "`step_ids` came without `labels`, so the loss that they are part of would be lost. Pass both or "
-                    "neither (`label_smoothing_factor` and `compute_loss_func` take labels away)."
+                    "neither (`label_smoothing_factor` and `compute_loss_func` take labels away). "
+                    "`StageTrainer` smooths both losses."
                 )
             return None
         labels, (rows, positions) = place_labels(labels, tokens, logits_to_keep)
@@ -141,7 +158,7 @@ class StepDecoding:
         latents = tokens == latent_id if latent_mask is None else latent_mask
         texts = None if step_ids is None else self.read_step_ids(step_ids, rows, latents)
         num_items = len(rows) if num_items_in_batch is None else num_items_in_batch
-        return Targets(labels, rows, positions, texts, num_items)
+        return Targets(labels, rows, positions, texts, num_items, smoothing)
 
     def read_step_ids(self, step_ids: torch.Tensor, labelled_rows: torch.Tensor, latents: torch.Tensor) -> StepTexts:
         """
@@ -189,7 +206,32 @@ class StepDecoding:
         shares = num_labels.double() / lengths.sum(dim=1).clamp(min=1)
         return StepTexts(rows, groups, ids[rows, groups], shares[rows])
 
-    def step_loss(self, states: torch.Tensor | None, hidden_states: torch.Tensor, texts: StepTexts) -> torch.Tensor:
+    def word_loss(self, hidden_states: torch.Tensor, targets: Targets, **kwargs: Any) -> torch.Tensor:
+        """
+        The cross-entropy of all labels of a batch, whose logits alone are computed, as a sum over `num_items`.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(B, T, D)`): What the head reads.
+            targets ([`Targets`]): Of the batch.
+            kwargs: For the model's `loss_function`, which computes it unless labels are smoothed.
+        """
+        rows, positions = (index.to(hidden_states.device) for index in (targets.rows, targets.positions))
+        logits = self.lm_head(hidden_states[rows, positions])  # (labels, V)
+        labels = targets.labels.to(hidden_states.device)[rows, positions + 1]
+        if not targets.smoothing:
+            vocab_size = self.config.text_config.vocab_size
+            return self.loss_function(logits=logits, labels=None, shift_labels=labels, vocab_size=vocab_size, **kwargs)
+        logits, smoothing = _widened(logits), targets.smoothing
+        labels = labels.to(logits.device)
+        return cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing) / targets.num_items
+
+    def step_loss(
+        self,
+        states: torch.Tensor | None,
+        hidden_states: torch.Tensor,
+        texts: StepTexts,
+        smoothing: float = 0.0,
+    ) -> torch.Tensor:
         """
         The sum over samples of `number of labels * mean cross-entropy of the tokens of its texts`. Divided by all
         labels of a step it is a mean that does not change with how samples are split into batches and ranks.
@@ -198,6 +240,7 @@ class StepDecoding:
             states (`torch.FloatTensor` of shape `(B, n, D)`, *optional*): What thoughts are made of.
             hidden_states (`torch.FloatTensor` of shape `(B, T, D)`): Any of the batch.
             texts ([`StepTexts`]): Of the batch.
+            smoothing (`float`, defaults to 0): As of the words.
         """
         if len(texts.rows) == 0 or states is None:
             if states is None or not is_sharded(self.model):
@@ -210,9 +253,9 @@ class StepDecoding:
         outputs = self.model.language_model(inputs_embeds=inputs_embeds, use_cache=False)
         rows, places = (ids != IGNORED).nonzero(as_tuple=True)  # the K tokens of all texts
         places_of_logits = places + self.config.c_thought - 1
-        logits = self.lm_head(outputs.last_hidden_state[rows, places_of_logits])  # (K, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = cross_entropy(logits, ids[rows, places].to(logits.device), reduction="none")  # (K,)
+        logits = _widened(self.lm_head(outputs.last_hidden_state[rows, places_of_logits]))  # (K, V)
+        wanted = ids[rows, places].to(logits.device)
+        losses = cross_entropy(logits, wanted, reduction="none", label_smoothing=smoothing)  # (K,)
         return (losses * texts.shares[rows].to(losses)).sum()
 
     @torch.no_grad()

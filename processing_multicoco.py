@@ -60,7 +60,7 @@ from .configuration_multicoco import (
 )
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
 
 # Tokens that only the processor may write; in a user's text they would move features or thoughts.
 RESERVED_TOKENS = (

@@ -35,7 +35,7 @@ from transformers.utils import logging
 from .compat import world_size
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
 
 
 COMPLETE = "files.json"  # names the files of a table that was written to its end, with their sizes

@@ -7,12 +7,16 @@ Stages are a pure function of the epoch, so resuming is exact and ranks agree wi
 tokenizer.
 """
 
+import hashlib
+import inspect
 import math
 import os
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,14 +24,68 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .compat import add_to_log, delete_first, most_of_all_ranks, rank, world_size
-from .curriculum import CurriculumArguments
+from .compat import add_to_log, delete_first, forget_best, is_finite, most_of_all_ranks, rank, world_size
+from .curriculum import CurriculumArguments, written_tokens
 from .data_multicoco import ReasoningCollator, StageDataset
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
 
+NUM_SHOWN = 8  # answers that are kept to be shown
 COMPLETE = "complete"  # the file that marks a checkpoint
+IDENTITY = "multicoco"  # where a checkpoint's trainer_state.json says which run it is of
+# Settings of `TrainingArguments` that a resumed run takes from its checkpoint, or would go on with only from there.
+KEPT = (
+    *("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
+)
+RATES = ("vision_learning_rate", "projector_learning_rate", "thought_learning_rate")  # of `CoconutArguments`
+NEVER_CHANGED = (*KEPT, *RATES, "global_batch_size", "world_size", "trained", "mode", "c_thought")
+
+
+def identity(
+    curriculum: CurriculumArguments, datasets: Sequence[StageDataset], args: TrainingArguments, state: Any, model: Any
+) -> dict[str, Any]:
+    """Which run a checkpoint is of: all that must be the same when it is resumed."""
+    batch_size = state.train_batch_size if args.auto_find_batch_size else args.train_batch_size
+    num_trained = sum(getattr(param, "ds_numel", param.numel()) for param in model.parameters() if param.requires_grad)
+    kind = "adapters" if hasattr(model, "peft_config") else "weights"
+    return {
+        "train_file": datasets[0].digest()[:16] if datasets else None,
+        "seed": args.seed if args.data_seed is None else [args.seed, args.data_seed],
+        "global_batch_size": batch_size * args.gradient_accumulation_steps * args.world_size,
+        "world_size": args.world_size,
+        "trained": f"{num_trained} {kind}",
+        **vars(curriculum),
+        **{name: str(getattr(getattr(args, name), "value", getattr(args, name))) for name in KEPT},
+        **{name: str(getattr(args, name, None)) for name in RATES},
+    }
+
+
+def check_resumed(before: Mapping[str, Any] | None, now: Mapping[str, Any], allowed: Collection[str]) -> None:
+    """
+    Checks that a run that is resumed is the one that its checkpoint is of; one of an older version does not tell.
+
+    Args:
+        before, now (`Mapping`): What [`identity`] gave to the run of the checkpoint, and gives to this one.
+        allowed (`Collection[str]`): Names of what may differ.
+
+    Raises:
+        ValueError: something else differs, or the checkpoint has no optimizer.
+    """
+    changed = [name for name in now if before and before.get(name, now[name]) != now[name] and name not in allowed]
+    if changed and before:
+        told = "; ".join(f"`{name}` was {before[name]}, is {now[name]}" for name in changed)
+        free = [name for name in changed if name not in NEVER_CHANGED]
+        cure = f"; `--allow_changed {' '.join(free)}` goes on with what is given now" if free == changed else ""
+        raise ValueError(
+            f"The checkpoint is of another run: {told}. Give what it was trained with{cure}; or begin a new run with "
+            "its weights (`--model_name_or_path` that checkpoint, and another `--output_dir`)."
+        )
+
+
+# What classes add to `param_groups` in their first step: stable_adamw and DeepSpeed's FusedAdam, grokadamw.
+ADDED_TO_GROUPS = ("step", "state")
 
 
 def check_ranks_agree(dataset: StageDataset, device: torch.device) -> None:
@@ -38,7 +96,7 @@ def check_ranks_agree(dataset: StageDataset, device: torch.device) -> None:
         ValueError: on all of them, if they do not.
     """
     if world_size() > 1:
-        number = int(dataset.digest()[:15], 16)
+        number = int(hashlib.sha256(f"{dataset.digest()} {dataset.seed}".encode()).hexdigest()[:15], 16)
         if most_of_all_ranks(number, device) != -most_of_all_ranks(-number, device):
             raise ValueError(
                 "`dataset` is not the same on all ranks, so that samples would be lost or repeated; that of rank "
@@ -47,21 +105,68 @@ def check_ranks_agree(dataset: StageDataset, device: torch.device) -> None:
             )
 
 
+def diverged(args: TrainingArguments, state: TrainerState, what: str) -> FloatingPointError:
+    """The error that ends a training whose numbers are none."""
+    good = last_complete_checkpoint(str(args.output_dir))
+    return FloatingPointError(
+        f"Step {state.global_step}: the training has diverged ({what}), so nothing more is saved. The last good "
+        f"checkpoint is {good or 'the model it started from'}. Lower `learning_rate` (now {args.learning_rate}), or "
+        "raise `warmup_steps`, and start again from there."
+    )
+
+
+def check_finite(args: TrainingArguments, state: TrainerState, model: Any) -> None:
+    """
+    Checks that all weights are numbers, which waits for the device; every rank must call it.
+
+    Raises:
+        FloatingPointError: on all of them, if some are not.
+    """
+    if not is_finite(model, args.device):
+        raise diverged(args, state, "some of its weights are NaN or infinite")
+
+
+def check_devices(args: TrainingArguments) -> None:
+    """
+    Checks that this process has one device at most.
+
+    Raises:
+        ValueError: it has several, over which `Trainer` would spread each batch by `torch.nn.DataParallel`.
+    """
+    count = getattr(args, "n_gpu", 1)
+    if count > 1:
+        raise ValueError(
+            f"This process sees {count} GPUs, and `Trainer` would split each batch over them: rows by rows, but "
+            "pictures by tiles, so that rows would lose theirs. Give each GPU a process, `torchrun --nproc_per_node "
+            f"{count} train.py ...`, or show it one, `CUDA_VISIBLE_DEVICES=0`."
+        )
+
+
 class CurriculumCallback(TrainerCallback):
     """
     Moves the data to the stage of the epoch that begins, and keeps the model's configuration in step with it.
 
-    At a new stage Adam's moments are cleared in place (`reset_optimizer_every`), on one process, DDP and ZeRO-1/2/3.
+    At a new stage the optimizer forgets what it has learned (`reset_optimizer_every`), on one process, DDP, FSDP2 and
+    ZeRO-1/2/3; one that cannot is refused at the start.
     Every checkpoint says which stage it was trained at and how many thoughts to use; so does the log.
 
     Args:
         curriculum ([`CurriculumArguments`]): The schedule.
         datasets ([`StageDataset`]): The training data, and any evaluation data that follows the same stage.
+        allow_changed (`Collection[str]`, *optional*): What may differ from the run that is resumed: `train_file`,
+            `seed`, fields of the curriculum. All else that changes what a resumed run is raises.
     """
 
-    def __init__(self, curriculum: CurriculumArguments, *datasets: StageDataset):
-        self.curriculum, self.datasets = curriculum, datasets
+    def __init__(self, curriculum: CurriculumArguments, *datasets: StageDataset, allow_changed: Collection[str] = ()):
+        known = {item.name for item in fields(curriculum)} | {"train_file", "seed"}
+        if refused := [name for name in allow_changed if name not in known or name in NEVER_CHANGED]:
+            raise ValueError(
+                f"`allow_changed` has {refused}; what a resumed run can go on with otherwise is "
+                f"{sorted(known - {*NEVER_CHANGED})}."
+            )
+        self.curriculum, self.datasets, self.allow_changed = curriculum, datasets, allow_changed
         self.stage = 0
+        self._is_new = False  # whether no loss of the stage has been logged
         self._totals: torch.Tensor | None = None  # since the last log: of step losses times labels, and of labels
         self._hook: Any = None
 
@@ -72,23 +177,49 @@ class CurriculumCallback(TrainerCallback):
         control: TrainerControl,
         model: Any = None,
         processing_class: Any = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Begins at the stage of the epoch that a resumed run is in."""
+        """Begins at the stage of the epoch that a resumed run is in; refuses an optimizer that it could not reset."""
         if getattr(args, "remove_unused_columns", False):
             raise ValueError("`remove_unused_columns` is True, but the collator reads `images`. Set it to False.")
+        check_devices(args)
         for dataset in self.datasets:
             check_ranks_agree(dataset, args.device)
+        first = max(1, math.ceil(state.epoch or 0))  # at the start of a resumed epoch comes its reset
+        if optimizer is not None and any(map(self._resets, range(first, state.num_train_epochs))):
+            check_can_be_reset(optimizer)
+        self.check_resumed(args, state, model)
+        kept: Any = state.stateful_callbacks  # what a checkpoint has beside its numbers
+        kept[IDENTITY] = identity(self.curriculum, self.datasets, args, state, model)
+        ends_in, last = self.curriculum.stage(max(0, state.num_train_epochs - 1)), self.curriculum.last_stage
+        if ends_in < last:
+            logger.warning(
+                f"The run ends in stage {ends_in} of {last}: steps that later stages replace stay written words. The "
+                f"whole schedule has {self.curriculum.num_epochs} epochs (`num_train_epochs`, without `max_steps`)."
+            )
         self._enter(int(state.epoch or 0), model, processing_class)
         self._unhook()  # of a run that was interrupted, maybe of another model
         if self.curriculum.decodes_steps:
             self._hook = model.register_forward_hook(self._count_step_loss, with_kwargs=True)
 
+    def check_resumed(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        """See [`check_resumed`]; a state that was loaded from a checkpoint says which run that is of."""
+        now = identity(self.curriculum, self.datasets, args, state, model)
+        known: Any = state.stateful_callbacks
+        check_resumed(known.get(IDENTITY), now, self.allow_changed)
+
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """Leaves the model without the hook that reads its step loss."""
+        """Leaves the model without the hook that reads its step loss; raises if its weights are no numbers."""
         self._unhook()
+        check_finite(args, state, model)
 
     def _unhook(self) -> None:
         if self._hook is not None:
@@ -131,11 +262,15 @@ class CurriculumCallback(TrainerCallback):
         resumed_inside = (state.epoch or 0) % 1 > 0  # the epoch began before the interruption
         if epoch == 0 or resumed_inside:
             return
-        is_new_stage = self.stage != self.curriculum.stage(epoch - 1)
-        every = self.curriculum.reset_optimizer_every
-        if every == "epoch" or (every == "stage" and is_new_stage):
+        self._is_new = self.stage != self.curriculum.stage(epoch - 1)
+        if self._resets(epoch):
             reset_optimizer(optimizer)
             logger.info(f"Stage {self.stage}: the optimizer's moments are cleared.")
+
+    def _resets(self, epoch: int) -> bool:
+        """Whether this epoch, which is not the first, begins with a fresh optimizer."""
+        is_new_stage = self.curriculum.stage(epoch) != self.curriculum.stage(epoch - 1)
+        return {"epoch": True, "stage": is_new_stage, "never": False}[self.curriculum.reset_optimizer_every]
 
     def on_log(
         self,
@@ -143,14 +278,25 @@ class CurriculumCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: Any = None,
+        model: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the stage, its number of thoughts and the step loss to a logged loss."""
+        """Adds the stage, its number of thoughts and the step loss to a logged loss; raises if that is no number."""
         if "loss" in logs:
             num_thoughts = self.curriculum.num_thoughts(self.stage) or 0
             steps = self._step_loss(args.device) if self.curriculum.decodes_steps else {}
             stage = {"curriculum/stage": self.stage, "curriculum/num_thoughts": num_thoughts}
             add_to_log(state, logs, steps | stage)
+            if not math.isfinite(logs["loss"]) or not (args.fp16 or math.isfinite(logs.get("grad_norm", 0.0))):
+                raise diverged(args, state, f"loss {logs['loss']}, norm of the gradient {logs.get('grad_norm')}")
+            guessing = math.log(model.config.get_text_config().vocab_size)
+            if self._is_new and logs["loss"] > guessing * (1 + self.curriculum.step_loss_weight):
+                logger.warning(
+                    f"Step {state.global_step}: with stage {self.stage} the loss has jumped to {logs['loss']:.3g}, "
+                    f"more than guessing has ({guessing:.3g} a token). If it stays there, lower `learning_rate`, give "
+                    "stages a warm-up (`restart_schedule`), or keep the moments (`reset_optimizer_every never`)."
+                )
+            self._is_new = False
 
     def on_save(
         self,
@@ -160,7 +306,8 @@ class CurriculumCallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Saves the configuration where the trainer has not."""
+        """Saves the configuration where the trainer has not; raises if the weights are no numbers."""
+        check_finite(args, state, model)
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and not (folder / "config.json").exists():  # of adapters, peft saves no config
             model.config.save_pretrained(folder)
@@ -182,15 +329,94 @@ def _widest_float(device: torch.device) -> torch.dtype:
 
 
 def reset_optimizer(optimizer: Any) -> None:
-    """Clears all moments and step counts in place, under any number of wrappers (accelerate's, DeepSpeed's)."""
+    """
+    Lets an optimizer forget, in place: it is as a new one of its class on the same weights; the learning rate stays.
+
+    Args:
+        optimizer (`Optimizer`): Of any class that [`check_can_be_reset`] lets pass, in any number of wrappers
+            (accelerate's, DeepSpeed's). One that averages weights (schedule-free) leaves the mean in the model.
+    """
+    wrappers, inner = _unwrapped(optimizer)
+    for each in inner:
+        if callable(getattr(each, "eval", None)):
+            each.eval()  # else the new one would begin at the mean or beside it, by whether an evaluation came before
+        if any(getattr(value, "is_paged", False) for state in each.state.values() for value in state.values()):
+            _zero_paged(each.state)
+            continue
+        makers = [cast(Any, base).__init__ for base in type(each).__mro__]
+        named = {name for maker in makers for name in inspect.signature(maker).parameters}
+        for group in each.param_groups:
+            group.update({name: value for name, value in each.defaults.items() if name in group.keys() - named})
+            for name in ADDED_TO_GROUPS:
+                group.pop(name, None)
+        each.state.clear()  # before another one is made, which may fill as much memory
+        each.state.update(_new(each, [dict(group) for group in each.param_groups]).state)
+    for wrapper in wrappers:
+        if getattr(wrapper, "_hp_optimizer_states_linked", False):  # ZeRO-1 and 2, bf16: as before the first step
+            wrapper._hp_optimizer_states_linked = False
+            groups = getattr(wrapper, "bit16_groups", None) or wrapper.bf16_groups
+            for mapping in (param._hp_mapping for group in groups for param in group):
+                if mapping is not None:
+                    mapping.optim_fragment = None  # else the old state would stay in memory
+
+
+def check_can_be_reset(optimizer: Any) -> None:
+    """
+    Checks that [`reset_optimizer`] reaches all that an optimizer has learned.
+
+    Raises:
+        ValueError: It keeps some of it elsewhere, or no other one can be made of its class.
+    """
+    wrappers, inner = _unwrapped(optimizer)
+    zero = [wrapper for wrapper in wrappers if type(wrapper).__module__.startswith("deepspeed.")]
+    for each in {type(each): each for each in inner}.values():
+        package, reason = type(each).__module__.split(".")[0], ""
+        if package == "lomo_optim":
+            reason = "it updates the weights inside the backward pass, and keeps its state beside `state`"
+        elif zero and callable(getattr(each, "eval", None)):
+            reason = "under ZeRO it averages other copies of the weights than those of the model"
+        elif type(each).__module__.startswith("deepspeed.runtime") or any(_keeps_elsewhere(each) for each in zero):
+            reason = "DeepSpeed keeps a part of its state elsewhere (NVMe, ZenFlow, SuperOffload, `ratio`, Muon)"
+        else:
+            try:
+                _new(each, [torch.nn.Parameter(torch.zeros(1))])
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                reason = f"another one cannot be made from its `defaults` ({type(error).__name__}: {error})"
+        if reason:
+            raise ValueError(
+                f"The optimizer {type(each).__module__}.{type(each).__qualname__} cannot be reset at a new stage: "
+                f"{reason}. Set `--reset_optimizer_every never`, or choose another `--optim`."
+            )
+
+
+def _unwrapped(optimizer: Any) -> tuple[list[Any], list[Any]]:
+    """The wrappers, outermost first, and what is in them: one optimizer, or (layer-wise ones) one for each weight."""
+    wrappers = []
     while hasattr(optimizer, "optimizer"):
+        wrappers.append(optimizer)
         optimizer = optimizer.optimizer
-    for state in optimizer.state.values():
+    return wrappers, list((getattr(optimizer, "optimizer_dict", None) or {None: optimizer}).values())
+
+
+def _new(optimizer: Any, params: list[Any]) -> Any:
+    """Another one of the same class and settings."""
+    arguments = inspect.signature(type(optimizer)).parameters
+    return type(optimizer)(params, **{name: value for name, value in optimizer.defaults.items() if name in arguments})
+
+
+def _zero_paged(states: dict[Any, Any]) -> None:
+    """bitsandbytes' state as it makes it; paged memory is never given back, so that a reset may not ask for more."""
+    for state in states.values():
         for name, value in state.items():
-            if isinstance(value, torch.Tensor):
-                value.zero_()
-            elif name == "step":
+            if name == "step":
                 state[name] = 0
+            elif isinstance(value, torch.Tensor) and not name.startswith("qmap"):  # tables, the same in all states
+                value.zero_()
+
+
+def _keeps_elsewhere(zero: Any) -> bool:
+    names = ("swap_optimizer", "zenflow", "backup_optimizer")
+    return any(getattr(zero, name, None) for name in names) or "SuperOffload" in type(zero).__name__
 
 
 class CompletionCallback(TrainerCallback):
@@ -200,6 +426,9 @@ class CompletionCallback(TrainerCallback):
     A run that is killed while it saves leaves a folder without the mark, which is never resumed from.
     """
 
+    was_stopped = False  # by a signal, before its end
+    _saved = 0  # ns: when a checkpoint was last marked, or since when one would be of this run
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -208,6 +437,10 @@ class CompletionCallback(TrainerCallback):
             raise ValueError(
                 "`save_total_limit` is 1: a run killed while it saves would leave nothing complete. Use at least 2."
             )
+        self.was_stopped = False
+        if args.enable_jit_checkpoint:
+            with tempfile.TemporaryFile(dir=str(args.output_dir)) as file:
+                self._saved = os.fstat(file.fileno()).st_mtime_ns  # by the clock of that disk
         if state.is_world_process_zero:
             for checkpoint in Path(str(args.output_dir)).glob("checkpoint-*"):
                 if _step(checkpoint) > state.global_step:  # about to be written again
@@ -216,10 +449,31 @@ class CompletionCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Marks the checkpoint, once every rank has written its part."""
+        self._mark(state, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Marks a checkpoint that was saved without a word because the run was told to stop (SIGTERM)."""
+        if not args.enable_jit_checkpoint:
+            return
+        files = list(Path(str(args.output_dir)).glob("checkpoint-*/trainer_state.json"))
+        newest = max(files, key=_written, default=None)
+        if newest is not None and _written(newest) > self._saved:
+            self.was_stopped = state.global_step < state.max_steps
+            self._mark(state, newest.parent)
+
+    def _mark(self, state: TrainerState, checkpoint: Path) -> None:
         if dist.is_initialized():
             dist.barrier()
+        self._saved = _written(checkpoint / "trainer_state.json")
         if state.is_world_process_zero:
-            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            (checkpoint / COMPLETE).touch()
+
+
+def _written(file: Path) -> int:
+    """When a file was last written, in ns; 0 if there is none."""
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -246,6 +500,8 @@ class AnswerCallback(TrainerCallback):
         batch_size (`int`, defaults to 64): Prompts per `generate` call of one rank.
         every (`str`, defaults to `"stage"`): `"stage"`, `"epoch"` or `"end"`.
         generate_kwargs (`dict`, *optional*): More arguments of `generate`.
+
+    [`StageTrainer`] also takes the answers into the metrics of its evaluations of the same data set.
     """
 
     def __init__(
@@ -263,12 +519,27 @@ class AnswerCallback(TrainerCallback):
         self.batch_size, self.every, self.generate_kwargs = batch_size, every, generate_kwargs or {}
         self.pending: dict[str, float] = {}
         self.seconds = 0.0  # of `pending`, which are none of training
+        self.shown: list[tuple[int, list[int], bool]] = []  # the first that this rank asked: index, new tokens, right
+        self._latest: dict[str, float] = {}  # what the weights as they are have answered
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuses data of which ranks have different samples."""
         check_ranks_agree(self.dataset, args.device)
+        self._latest = {}
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forgets the answers of weights that are about to change."""
+        self._latest = {}
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forgets the answers: other weights may have been loaded."""
+        self._latest = {}
 
     def on_step_end(
         self,
@@ -276,6 +547,7 @@ class AnswerCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: Any = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         """Measures after the last step of a stage (or epoch), or of the run."""
@@ -287,7 +559,9 @@ class AnswerCallback(TrainerCallback):
         stage = self.curriculum.stage(epoch - 1)
         if is_last or self.every == "epoch" or (self.every == "stage" and self.curriculum.stage(epoch) != stage):
             begun = perf_counter()
-            self.pending = self.measure(model, stage, disable_tqdm=bool(args.disable_tqdm))
+            if hasattr(optimizer, "eval"):  # schedule-free ones train other weights than they give; as an evaluation
+                optimizer.eval()
+            self.pending = self.measure_once(model, stage, disable_tqdm=bool(args.disable_tqdm))
             self.seconds = perf_counter() - begun
             control.should_log = True
 
@@ -303,19 +577,28 @@ class AnswerCallback(TrainerCallback):
         add_to_log(state, logs, self.pending)
         self.pending, self.seconds = {}, 0.0
 
+    def measure_once(self, model: PreTrainedModel, stage: int, *, disable_tqdm: bool = False) -> dict[str, float]:
+        """As [`~AnswerCallback.measure`], while a run trains: not again before its next step."""
+        if self._latest.get("eval/stage") != stage:
+            self._latest = self.measure(model, stage, disable_tqdm=disable_tqdm)
+        return dict(self._latest)
+
     def measure(self, model: PreTrainedModel, stage: int, *, disable_tqdm: bool = False) -> dict[str, float]:
         """Accuracy and mean number of new tokens at `stage`, over all ranks."""
         own = range(rank(), len(self.dataset), world_size())
         share = math.ceil(len(self.dataset) / world_size())  # the same for all ranks
         asked = [*own, rank() % len(self.dataset)][:share]  # a surplus place repeats a sample, and is not counted
         totals = torch.zeros(3, dtype=torch.long)  # correct, tokens, samples
+        self.shown = []
         was_training = model.training
         model.eval()
         starts = range(0, share, self.batch_size)
         for start in tqdm(starts, desc=f"answers at stage {stage}", leave=False, disable=disable_tqdm or rank() > 0):
             places = slice(start, start + self.batch_size)
             for index, tokens in zip(own[places], self._answers(model, asked[places], stage), strict=False):
-                totals += torch.tensor([self.is_correct(tokens, index), len(tokens), 1])
+                is_correct = self.is_correct(tokens, index)
+                totals += torch.tensor([is_correct, len(tokens), 1])
+                self.shown += [(index, tokens, is_correct)] * (len(self.shown) < NUM_SHOWN)
         model.train(was_training)
         if world_size() > 1:
             totals = totals.to(model.device)
@@ -335,7 +618,59 @@ class AnswerCallback(TrainerCallback):
         prompts = [self.dataset.prompt(index, self.dataset.num_thoughts(index, stage)) for index in indices]
         batch = self.collator.prompts(prompts)
         length, pad = batch["input_ids"].shape[1], self.collator.pad_token_id
+        config = self.generate_kwargs.get("generation_config") or model.generation_config
+        ends = self.generate_kwargs.get("eos_token_id", config.eos_token_id)
         batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
         settings = {"max_new_tokens": self.dataset.max_new_tokens(), "do_sample": False, "num_beams": 1}
         output = model.generate(**batch, **(settings | self.generate_kwargs))
-        return [[token for token in tokens if token != pad] for tokens in output[:, length:].tolist()]
+        return [written_tokens(row, ends, pad) for row in output[:, length:].tolist()]
+
+
+class StageComparisonCallback(TrainerCallback):
+    """
+    Lets evaluations be compared only within a stage: a new one begins with no best model, and with nothing that a
+    learning rate which follows the evaluations (`reduce_lr_on_plateau`, `greedy`) has seen. The rate itself stays.
+
+    Args:
+        curriculum ([`CurriculumArguments`]): Says when a stage begins.
+    """
+
+    def __init__(self, curriculum: CurriculumArguments):
+        self.curriculum = curriculum
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As at the beginning of an epoch, before which a run may evaluate; refuses a run that never would."""
+        last = state.num_train_epochs if args.eval_strategy == "epoch" else state.max_steps
+        if args.eval_strategy != "no" and args.eval_delay > last:
+            raise ValueError(
+                f"`--eval_delay` is {args.eval_delay}, but the run ends after {last} ({args.eval_strategy}), so that "
+                "nothing would be evaluated. Lower it, or leave out `--eval_strategy`."
+            )
+        self.on_epoch_begin(args, state, control, **kwargs)
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Forgets the best of another stage."""
+        epoch = state.epoch or 0
+        if epoch == 0 or epoch % 1 > 0 or self.curriculum.stage(int(epoch)) == self.curriculum.stage(int(epoch) - 1):
+            return
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        forget_best(lr_scheduler)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Says so if there is no best model to load."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is None:
+            logger.warning(
+                "`load_best_model_at_end`: no evaluation of the last stage gave a number, so there is no best model. "
+                "The model is that of the last step."
+            )

@@ -6,7 +6,9 @@
 Trains a tiny model on a few Trails boards through three stages, once as a whole and once under SIGKILL (of the whole
 process group): in the middle of epochs, between a stage's end and the next stage's first checkpoint, and while a
 checkpoint is written. Every logged value, the accuracies and the final weights must be equal bit for bit, and no run
-may start from a checkpoint that was not written to its end. The exit status is 1 if anything differs.
+may start from a checkpoint that was not written to its end. Then it is killed once more and resumed with something
+changed (batch, seed, records, curriculum, ranks): each must be refused before its first step. The exit status is 1 if
+anything differs.
 """
 
 import argparse
@@ -38,6 +40,17 @@ LAST_STEP = 4 * EPOCH
 # From a stage's last step to the last one before the next checkpoint.
 AFTER_BOUNDARY = [step for end in BOUNDARIES for step in range(end, end + SAVE_STEPS - end % SAVE_STEPS)]
 SAVED_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+# What is changed between a kill and the resumed run: a launcher, and flags.
+TWO_RANKS = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d")
+TWO_RANKS += ("--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1")  # any free port, no name to resolve
+CHANGES = {
+    "batch": ((), ("--per_device_train_batch_size", "4")),
+    "ranks": (TWO_RANKS, ("--per_device_train_batch_size", "4")),
+    "seed": ((), ("--seed", "7")),
+    "file": ((), ("--train_file", "{folder}/trails/other.jsonl")),
+    "curriculum": ((), ("--mix", "none")),
+    "learning rate": ((), ("--learning_rate", "5e-4")),
+}
 MID_EPOCH, BOUNDARY, SAVE = "mid-epoch", "stage boundary", "during a save"
 
 
@@ -227,6 +240,30 @@ def find_differences(folder: Path, whole: Run, runs: list[Run]) -> list[str]:
     return found
 
 
+def run_changed(folder: Path, flags: tuple[str, ...] = (), report=print) -> list[str]:
+    """Kills a run in `folder / "changed"`, resumes it with each of [`CHANGES`], and returns those not refused."""
+    run(folder, folder / "changed", Moment(EPOCH), flags)
+    lines = (folder / "trails" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    record = json.loads(lines[0])
+    answer = "red" if record["answer"] != "red" else "blue"
+    lines[0] = json.dumps(record | {"answer": answer}) + "\n"
+    (folder / "trails" / "other.jsonl").write_text("".join(lines), encoding="utf-8")
+    not_refused = []
+    for name, (launcher, change) in CHANGES.items():
+        words = [word.format(folder=folder) for word in change]
+        command = [sys.executable, *launcher, str(TRAIN), str(folder / "settings.yaml")]
+        command += ["--output_dir", str(folder / "changed"), *flags, *words]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        told = re.search(r"ValueError: (The checkpoint is of another run: .*?)\. Give", done.stdout + done.stderr)
+        refused = done.returncode != 0 and told is not None and not _logged(done.stdout)
+        report(f"{name:16}  {told[1] if told else f'NOT REFUSED, exit status {done.returncode}'}")
+        if not refused:
+            not_refused.append(
+                f"resumed with another {name}, it was not refused:\n{(done.stdout + done.stderr)[-2000:]}"
+            )
+    return not_refused
+
+
 def _read_results(output_dir: Path) -> list[dict]:
     return json.loads((output_dir / "results.json").read_text(encoding="utf-8"))  # the order of keys may differ
 
@@ -259,11 +296,17 @@ def main():
         moments = draw_moments(args.kills, args.seed, step_seconds)
         runs = run_with_kills(folder, moments, tuple(flags), report=lambda row: print(row, flush=True))
         differences = find_differences(folder, whole, runs)
+        print("\nresumed with a change:", flush=True)
+        differences += run_changed(folder, tuple(flags), report=lambda row: print(row, flush=True))
     kinds = [kind(result) for result in runs[:-1]]
     print(f"\n{', '.join(f'{kinds.count(name)} {name}' for name in (MID_EPOCH, BOUNDARY, SAVE))}")
     if kinds.count(SAVE) < 2 or BOUNDARY not in kinds or MID_EPOCH not in kinds:
         differences.append("the kills did not hit two saves, a stage boundary and mid-epoch; try another seed")
-    print(*differences or ["equal bit for bit: every logged step, stages, accuracies, final weights"], sep="\n")
+    print(
+        *differences
+        or ["equal bit for bit: every logged step, stages, accuracies, final weights; each change was refused"],
+        sep="\n",
+    )
     print(f"{time.perf_counter() - start:.0f} s")
     sys.exit(bool(differences))
 

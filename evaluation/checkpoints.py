@@ -30,7 +30,7 @@ from ..modeling_multicoco import MultiCoCoForConditionalGeneration, add_thought_
 from ..processing_multicoco import MultiCoCoProcessor
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
 
 START = "_start"  # in a run's folder, its base with thought tokens; what begins with _ is not pushed to the Hub
 UNFINISHED = "_unfinished"  # in a folder, what is to take its content's place

@@ -5,10 +5,10 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
@@ -19,6 +19,19 @@ from .subject import Subject
 
 # What decides how a checkpoint answers; other files of its folder may change without making its predictions stale.
 MODEL_FILES = ("*.safetensors", "*config.json", "tokenizer*", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Processes that share the records among them: their number, and which of them this one is."""
+
+    number: int = 1
+    index: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one reads and writes the files."""
+        return self.index == 0
 
 
 def describe(subject: Subject, num_thoughts: int | None) -> dict[str, Any]:
@@ -90,7 +103,7 @@ def read_predictions(path: Path, header: Mapping[str, Any]) -> dict[int, dict[st
 def predict(
     subject: Subject,
     num_thoughts: int | None,
-    state: PartialState,
+    ranks: Ranks,
     output_dir: str | Path,
     batch_size: int,
 ) -> list[dict[str, Any]]:
@@ -98,23 +111,25 @@ def predict(
     The prediction of each record, in order; complete on the main process, which alone reads the file. Where thoughts
     can be read, `thoughts` is what each group of them reads as.
 
-    All ranks share what is not in the file yet and ask equally often; surplus places repeat a record, uncounted.
+    All ranks share what is not in the file yet and ask equally often; surplus places repeat a record, uncounted. One
+    alone waits for no other, whatever group it belongs to.
     """
-    records, done, path = subject.records, {}, None
-    if state.is_main_process:
+    records, done, path, world = subject.records, {}, None, ranks.number
+    if ranks.is_main:
         header = describe(subject, num_thoughts)
         path = predictions_path(output_dir, header)
         done = read_predictions(path, header)
     shared = [[index for index in range(len(records)) if index not in done]]
-    broadcast_object_list(shared)
-    todo, world = shared[0], state.num_processes
+    if world > 1:
+        broadcast_object_list(shared)
+    todo = shared[0]
     if todo:
         subject.load()  # not while the clock runs
     share = -(-len(todo) // world)
     name = f"{subject.name}, {'no block' if num_thoughts is None else f'{num_thoughts} thoughts'}"
-    progress = tqdm(total=len(records), initial=len(done), desc=name, disable=not state.is_main_process)
+    progress = tqdm(total=len(records), initial=len(done), desc=name, disable=not ranks.is_main)
     for start in range(0, share, batch_size):
-        places = [place * world + state.process_index for place in range(start, min(start + batch_size, share))]
+        places = [place * world + ranks.index for place in range(start, min(start + batch_size, share))]
         indices = [todo[place % len(todo)] for place in places]
         began = time.perf_counter()
         answers, thoughts = subject.ask(indices, num_thoughts)
@@ -122,13 +137,13 @@ def predict(
         if num_thoughts is not None and subject.can_read(num_thoughts):  # not while the clock runs
             texts = subject.read(indices, num_thoughts, thoughts)
             answers = [{**answer, "thoughts": read} for answer, read in zip(answers, texts, strict=True)]
-        lines = gather_object(
-            [
-                {"index": index, "id": records[index]["id"], **answer, "seconds": seconds}
-                for place, index, answer in zip(places, indices, answers, strict=True)
-                if place < len(todo)
-            ]
-        )
+        lines = [
+            {"index": index, "id": records[index]["id"], **answer, "seconds": seconds}
+            for place, index, answer in zip(places, indices, answers, strict=True)
+            if place < len(todo)
+        ]
+        if world > 1:
+            lines = gather_object(lines)
         if path is not None:
             with open(path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -99,6 +99,19 @@ def parse_settings(kind: type[T], description: str | None, arguments: Sequence[s
     return parser.parse_args_into_dataclasses(args=words)[0]
 
 
+def _read_mapping(text: str) -> dict[str, str]:
+    try:
+        mapping = json.loads(text)
+    except json.JSONDecodeError:
+        mapping = None
+    if not isinstance(mapping, dict) or not all(isinstance(column, str) for column in mapping.values()):
+        raise ValueError(
+            '`--column_mapping` must be a JSON object from field to column name, as \'{"steps": "rationale"}\', got '
+            f"{text!r}."
+        )
+    return mapping
+
+
 @dataclass(kw_only=True)
 class RecordArguments:
     """How records are read, for every command that reads them."""
@@ -126,8 +139,13 @@ class RecordArguments:
     )
 
     def read(self, source: str | Sequence[str], **kwargs: Any) -> Records:
-        """[`load_records`] with these settings."""
-        columns = json.loads(self.column_mapping) if self.column_mapping else None
+        """
+        [`load_records`] with these settings.
+
+        Raises:
+            ValueError: `column_mapping` is no JSON object of texts; see also [`load_records`].
+        """
+        columns = _read_mapping(self.column_mapping) if self.column_mapping else None
         return load_records(
             source,
             columns=columns,
@@ -145,6 +163,11 @@ class RecordArguments:
         if self.max_patches is not None:
             processor.image_processor.max_patches = self.max_patches
         return processor
+
+
+def folder_for(what: str, model: str) -> str:
+    """Where results about a checkpoint go: into its own folder, if it is one, where its model card looks."""
+    return str(Path(model) / what) if Path(model).is_dir() else f"out/{what}"
 
 
 def choose_device(*, use_cpu: bool) -> torch.device:

@@ -14,7 +14,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..configuration_multicoco import STATE_FEEDBACKS, MultiCoCoConfig
-from ..curriculum import CurriculumArguments, check_settings, final_answer, setting
+from ..curriculum import CurriculumArguments, check_settings, final_answer, setting, written_tokens
 from ..data_multicoco import ReasoningCollator, StageDataset
 from ..records import Records, RecordSet, load_records
 from .checkpoints import base_of, load_checkpoint
@@ -242,13 +242,12 @@ class Subject:
 
     def read_answers(self, tokens: torch.Tensor) -> list[dict[str, Any]]:
         """From new tokens `(rows, number)` the text, its number of tokens, and what stands after the last `### `."""
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
+        ends, pad = self.model.generation_config.eos_token_id, self.collator.pad_token_id
         answers = []
         for row in tokens.tolist():
-            num_tokens = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
-            text = self.processor.tokenizer.decode(row[:num_tokens], skip_special_tokens=True)
-            answers.append({"prediction": final_answer(text), "text": text, "new_tokens": num_tokens})
+            written = written_tokens(row, ends, pad)
+            text = self.processor.tokenizer.decode(written, skip_special_tokens=True)
+            answers.append({"prediction": final_answer(text), "text": text, "new_tokens": len(written)})
         return answers
 
     def _choose(self, indices: Sequence[int], num_thoughts: int | None) -> list[dict[str, Any]]:

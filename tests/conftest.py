@@ -23,6 +23,7 @@ from multicoco.recipes.trails.start_model import make_start_model  # noqa: E402
 
 
 logging.disable_progress_bar()
+logging.enable_propagation()  # to `caplog`; our loggers are within the library's
 torch.set_num_threads(1)  # tiny tensors: more threads cost more than they give
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -28,7 +28,7 @@ from transformers.integrations import HfDeepSpeedConfig  # noqa: E402
 from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens  # noqa: E402
 from multicoco.compat import leave, leave_out_shm_kernel  # noqa: E402
 from multicoco.curriculum import CurriculumArguments  # noqa: E402
-from multicoco.trainer_callbacks import CurriculumCallback  # noqa: E402
+from multicoco.trainer_callbacks import CurriculumCallback, reset_optimizer  # noqa: E402
 from multicoco.training import trainer  # noqa: E402
 
 
@@ -185,6 +185,42 @@ def add_tokens(checkpoint, name, results):
             results[f"{name}.{parameter}"] = param.detach().clone()
 
 
+def reset(strategy, results):
+    """Weights and momentum two steps after a reset of the optimizer, and of a new one on the same weights."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    def engine(weights=None):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+        model.load_state_dict(weights or model.state_dict())
+        # With dampening a momentum of zeros is not that of a first step.
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, dampening=0.5)
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=strategy.settings)[0]
+
+    def take_steps(engine, seeds):
+        for seed in seeds:
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed + dist.get_rank()))
+            engine.backward((engine(x) - 1).square().mean())
+            engine.step()
+
+    def weights(engine):
+        found = {}
+        for name, param in engine.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([param]) if hasattr(param, "ds_id") else contextlib.nullcontext():
+                found[name] = param.detach().clone()
+        return found
+
+    trained = engine()
+    take_steps(trained, (0, 10, 20))
+    reset_optimizer(trained.optimizer)
+    for way, each in (("reset", trained), ("new", engine(weights(trained)))):
+        take_steps(each, (30, 40))
+        results.update({f"{way}.{name}": weight for name, weight in weights(each).items()})
+        for name, param in each.module.named_parameters():
+            results[f"{way}.momentum.{name}"] = safe_get_full_optimizer_state(param, "momentum_buffer").clone()
+
+
 def count(folder, plan, results):
     """The speed that a trainer would log, by a clock that goes on by what the plan says of this rank."""
     now, (until_a_batch, with_a_batch, besides) = [0.0], plan["seconds"][dist.get_rank()]
@@ -209,10 +245,13 @@ def logged(model, results):
     """The step loss that the callback logs of the training inside."""
     curriculum = CurriculumArguments(c_thought=1, step_loss_weight=model.config.step_loss_weight, epochs_stage_0=0)
     callback, logs = CurriculumCallback(curriculum), {"loss": 0.0}
-    args, state = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(epoch=0, log_history=[{}])
+    args, state = (
+        SimpleNamespace(device=torch.device("cpu")),
+        SimpleNamespace(epoch=0, num_train_epochs=1, log_history=[{}]),
+    )
     callback.on_train_begin(args, state, None, model=model)
     yield
-    callback.on_log(args, state, None, logs=logs)
+    callback.on_log(args, state, None, logs=logs, model=model)
     callback.on_train_end(args, state, None, model=model)
     results["logged.step_loss"] = torch.tensor([logs["step_loss"]], dtype=torch.float64)
 
@@ -235,6 +274,8 @@ def run(name: str, folder: Path, plan: dict) -> dict:
             train(strategy, folder, step, num_labels, True, results)
     if name == "ddp":
         count(folder, plan, results)
+    if name.startswith("zero"):
+        reset(strategy, results)
     if name == "zero3":
         for checkpoint, path in plan["checkpoints"].items():
             add_tokens(path, checkpoint, results)

@@ -17,10 +17,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 STEPS = {  # target of the Makefile -> environment whose versions count
     "test-clients": ".venv-clients",
+    "test-extras": ".venv-extras",
     "check-records": ".venv",
 }
 PACKAGES = re.compile(
-    r"^(accelerate|captum|fastapi|gradio|lighteval|lm_eval|nnsight|openai|peft|pillow|torch|transformers|trl)==", re.I
+    r"^(accelerate|apollo-torch|bitsandbytes|captum|fastapi|galore-torch|gradio|grokadamw|lighteval|lm_eval|lomo-optim|nnsight|openai|"
+    r"peft|pillow|schedulefree|tensorboard|torch|torch-optimi|torchao|trackio|transformers|trl|wandb)==",
+    re.I,
 )
 
 

@@ -44,7 +44,7 @@ def without_labels(batch):
 
 def warnings_of(caplog, model, **inputs):
     """What a forward warns of; the once of `warning_once` begins anew."""
-    logger = logging.getLogger("multicoco.modeling_multicoco")
+    logger = logging.getLogger("transformers.multicoco.modeling_multicoco")
     type(logger).warning_once.cache_clear()
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger=logger.name), torch.no_grad():
@@ -280,7 +280,7 @@ def test_ids_without_a_block_are_said_once_with_the_cure(model, make_batch, capl
 
 
 def test_a_class_that_does_not_think_says_so_of_a_checkpoint_that_does(caplog):
-    logger = logging.getLogger("multicoco.modeling_internvl_chat")
+    logger = logging.getLogger("transformers.multicoco.modeling_internvl_chat")
     type(logger).warning_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger=logger.name):
         MultiCoCoForConditionalGeneration.from_pretrained(TRAILS)
@@ -293,7 +293,7 @@ def test_a_class_that_does_not_think_says_so_of_a_checkpoint_that_does(caplog):
 
 def test_generating_without_a_block_is_said_once_and_decoding_says_nothing(model, make_batch, caplog):
     model.config.num_thoughts = 2
-    logger = logging.getLogger("multicoco.modeling_multicoco")
+    logger = logging.getLogger("transformers.multicoco.modeling_multicoco")
     type(logger).warning_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger=logger.name):
         model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=3)

@@ -63,9 +63,17 @@ class Spy(TrainerCallback):
 def run(trails_start, data, trails_processor, tmp_path):
     """Trains on the 20 boards; returns the trainer and its spy."""
 
-    def train(resume=None, callbacks=None, settings=None, **curriculum):
+    def train(
+        resume=None,
+        callbacks=None,
+        settings=None,
+        split="train",
+        allow_changed=(),
+        prepare=lambda trainer: None,
+        **curriculum,
+    ):
         curriculum = CurriculumArguments(**{**CURRICULUM, **curriculum})
-        dataset = StageDataset(data["train"], trails_processor, curriculum, seed=1)
+        dataset = StageDataset(data[split], trails_processor, curriculum, seed=1)
         model = MultiCoCoForConditionalGeneration.from_pretrained(trails_start)
         spy = Spy(model, model.config.latent_token_id)
         values = {
@@ -86,8 +94,14 @@ def run(trails_start, data, trails_processor, tmp_path):
             train_dataset=dataset,
             data_collator=ReasoningCollator(trails_processor),
             processing_class=trails_processor,
-            callbacks=[CurriculumCallback(curriculum, dataset), CompletionCallback(), *extra, spy],
+            callbacks=[
+                CurriculumCallback(curriculum, dataset, allow_changed=allow_changed),
+                CompletionCallback(),
+                *extra,
+                spy,
+            ],
         )
+        prepare(trainer)
         trainer.train(resume_from_checkpoint=resume)
         return trainer, spy
 
@@ -275,9 +289,9 @@ def test_after_an_interrupted_run_the_log_is_of_the_new_one(data, trails_start, 
         models.append(model)
     logs = {"loss": 1.0}
     state.log_history = [logs]
-    callback.on_log(arguments, state, None, logs=logs)
+    callback.on_log(arguments, state, None, logs=logs, model=model)
     assert logs["step_loss"] == pytest.approx(losses[1]) != pytest.approx(losses[0])
-    callback.on_train_end(arguments, state, None)
+    callback.on_train_end(arguments, state, None, model=model)
     assert not any(model._forward_hooks for model in models)
 
 
@@ -322,6 +336,77 @@ def test_a_checkpoint_at_the_end_of_a_stage_has_its_answers(run, data, trails_pr
     for step, expected in ((5, []), (10, [0]), (15, [0, 1])):
         state = json.loads((tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").read_text())
         assert [row["eval/stage"] for row in state["log_history"] if "eval/stage" in row] == expected
+
+
+CHANGES = {
+    "seed": (dict(settings={"seed": 7}), "seed"),
+    "batch": (dict(settings={"per_device_train_batch_size": 2}), None),
+    "accumulation": (dict(settings={"gradient_accumulation_steps": 2}), None),
+    "rate": (dict(settings={"learning_rate": 5e-4}), None),
+    "optimizer": (dict(settings={"optim": "adafactor"}), None),
+    "mode": (dict(mode="pause"), None),
+    "mix": (dict(mix="linear"), "mix"),
+    "stages": (dict(epochs_per_stage=2), "epochs_per_stage"),
+    "data": (dict(split="val"), "train_file"),
+}
+
+
+@pytest.mark.parametrize(("change", "free"), CHANGES.values(), ids=CHANGES)
+def test_a_run_is_resumed_as_itself_or_refused(run, data, tmp_path, change, free):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    run(settings=settings)
+    checkpoint = str(tmp_path / "out" / "checkpoint-3")
+    change = {**change, "settings": {**settings, "max_steps": 4, **change.get("settings", {})}}
+    name = next(iter({**change["settings"], **change}.keys() - {*settings, "settings", "split"}), "train_file")
+    name = {
+        "per_device_train_batch_size": "global_batch_size",
+        "gradient_accumulation_steps": "global_batch_size",
+    }.get(name, name)
+    cure = f"`--allow_changed {free}`" if free else "begin a new run"
+    with pytest.raises(ValueError, match=f"of another run: `{name}` was .*{cure}") as error:
+        run(resume=checkpoint, **change)
+    assert ("--allow_changed" in str(error.value)) == (free is not None)
+    if free:
+        trainer, _ = run(resume=checkpoint, allow_changed=[free], **change)
+        assert trainer.state.global_step == 4
+
+
+def test_only_what_can_go_on_otherwise_may_be_allowed_to():
+    with pytest.raises(ValueError, match=r"`allow_changed` has \['mode', 'optim'\]"):
+        CurriculumCallback(CurriculumArguments(), allow_changed=["mode", "seed", "optim", "epochs_per_stage"])
+
+
+def test_a_run_told_to_stop_leaves_a_whole_checkpoint_to_go_on_from(run, tmp_path):
+    """SIGTERM is acted on some seconds later, so the request is made as its handler would make it."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                jit = next(one for one in self.trainer.callback_handler.callbacks if hasattr(one, "jit_manager"))
+                jit.jit_manager.is_checkpoint_requested = True
+
+    settings = {"save_strategy": "no", "enable_jit_checkpoint": True}
+    whole, _ = run(settings={**settings, "enable_jit_checkpoint": False, "output_dir": str(tmp_path / "whole")})
+    stop = Stop()
+
+    def add(model, dataset, curriculum):
+        return [stop]
+
+    def prepare_trainer(trainer):
+        stop.trainer = trainer
+
+    stopped, _ = run(settings=settings, callbacks=add, prepare=prepare_trainer)
+    assert stopped.state.global_step == 5  # transformers saves before the next step, takes that, and stops
+    assert [callback.was_stopped for callback in callbacks_of(stopped, CompletionCallback)] == [True]
+    checkpoint = last_complete_checkpoint(tmp_path / "out")
+    assert Path(checkpoint).name == "checkpoint-4"
+    resumed, _ = run(settings=settings, resume=checkpoint)
+    assert [callback.was_stopped for callback in callbacks_of(resumed, CompletionCallback)] == [False]
+    assert_same_weights(resumed.model, whole.model)
+
+
+def callbacks_of(trainer, kind):
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind)]
 
 
 def test_only_a_marked_checkpoint_is_resumed_from(tmp_path):

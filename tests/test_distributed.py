@@ -302,6 +302,19 @@ def test_the_logged_speed_is_that_of_all_ranks_together(workspace):
         assert found == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("strategy", LAUNCHES[1])
+def test_a_reset_optimizer_is_a_new_one_on_the_same_weights(workspace, strategy):
+    for rank in workspace.run(strategy):
+        found, wanted = (
+            {name.removeprefix(way): value for name, value in rank.items() if name.startswith(way)}
+            for way in ("reset.", "new.")
+        )
+        assert found.keys() == wanted.keys()
+        assert len(found) == 2 * len(("0.weight", "0.bias", "2.weight", "2.bias"))
+        for name, value in found.items():
+            assert torch.equal(value, wanted[name]), name
+
+
 @pytest.mark.parametrize("prompt", [name for name in PROMPTS if name != "beams"])
 def test_greedy_generation_of_uneven_ranks_equals_one_process(workspace, prompt):
     lengths = PROMPTS[prompt][1]["max_new_tokens"]

@@ -3,8 +3,6 @@
 Prompts end in `<|end-latent|>` and hold 0, 1 and 2 images of several tiles. All in float64.
 """
 
-import logging as std_logging
-
 import pytest
 import torch
 from conftest import model_inputs
@@ -649,11 +647,10 @@ class TestErrorsBeforeCompute:
             call()
 
 
-def test_a_budget_above_the_trained_one_warns_once_and_generates(model, make_prompts, caplog, monkeypatch):
+def test_a_budget_above_the_trained_one_warns_once_and_generates(model, make_prompts, caplog):
     model.config.num_thoughts = 2
-    logger = logging.get_logger("multicoco.modeling_multicoco")
+    logger = logging.get_logger("transformers.multicoco.modeling_multicoco")
     logger.warning_once.cache_clear()
-    monkeypatch.setattr(std_logging.getLogger("transformers"), "propagate", True)
     batch = make_prompts((2, 5), ((1,), ()))
     for prompts, warnings in ((make_prompts((2, 0), ((1,), ())), 0), (batch, 1), (batch, 1)):
         with caplog.at_level("WARNING"):

@@ -31,6 +31,17 @@ def test_a_run_killed_in_an_epoch_at_a_boundary_and_in_a_save_equals_the_whole_r
     assert kills.find_differences(folder, whole, runs) == []
 
 
+def test_a_run_that_is_resumed_with_something_changed_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(kills, "CHANGES", {name: kills.CHANGES[name] for name in ("file", "ranks")})
+    told = []
+    assert kills.run_changed(folder, report=told.append) == []
+    assert "`train_file` was" in told[0]
+    assert "`world_size` was 1, is 2" in told[1]
+    monkeypatch.setattr(kills, "CHANGES", {"nothing": ((), ())})
+    (missed,) = kills.run_changed(folder, report=told.append)
+    assert "resumed with another nothing, it was not refused" in missed
+
+
 def one_more_digit(path):
     state = json.loads(path.read_text())
     state["log_history"][5]["loss"] += 1e-12

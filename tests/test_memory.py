@@ -291,9 +291,10 @@ def test_the_worst_batch_is_that_of_the_longest_texts_too(processor):
     assert shape.step_tokens == 3 * texts.shape[2]  # a thought for the last token of each text
 
 
-def test_train_prints_the_worst_stage_and_stops_before_loading(folder, trails_processor, capsys):
+@pytest.mark.parametrize("flag", ["--estimate_memory", "--dry_run"])
+def test_train_prints_the_worst_stage_and_stops_before_loading(folder, trails_processor, capsys, flag):
     arguments = ["--model_name_or_path", folder / "start", "--train_file", folder / "trails" / "train.jsonl"]
-    arguments += ["--output_dir", folder / "out", "--use_cpu", "--report_to", "none", "--estimate_memory"]
+    arguments += ["--output_dir", folder / "out", "--use_cpu", "--report_to", "none", flag]
     arguments += ["--c_thought", 1, "--max_latent_stage", 2, "--per_device_train_batch_size", 3]
     arguments += ["--gradient_accumulation_steps", 2, "--activation_checkpointing"]
     assert train.main([str(argument) for argument in arguments]) is None
@@ -302,10 +303,16 @@ def test_train_prints_the_worst_stage_and_stops_before_loading(folder, trails_pr
     estimates = [estimate_memory(config, shape, activation_checkpointing=True, accumulate=True) for shape in shapes]
     worst = max(estimates, key=lambda estimate: estimate.peak)
     printed = {}
-    for line in capsys.readouterr().out.splitlines():
+    dataset, lengths = make_dataset(folder, trails_processor), []
+    for stage in range(4):
+        dataset.set_stage(stage)
+        lengths += [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+    out = capsys.readouterr().out
+    assert (f"longest sample: {max(lengths)} tokens" in out) == (flag == "--dry_run")
+    for line in out.splitlines():
         words = line.rsplit(maxsplit=2)
         if len(words) == 3 and words[2] == "MiB":
             printed[words[0]] = float(words[1])
     expected = {part: getattr(worst, part) for part in PARTS} | {"sum of the parts": worst.total, "peak": worst.peak}
     assert printed == {name: pytest.approx(value / 2**20, abs=0.06) for name, value in expected.items()}
-    assert not (folder / "out").exists()
+    assert not list((folder / "out").glob("*"))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from conftest import CHECKPOINT
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.utils import logging
 
 from multicoco import CurriculumArguments, MultiCoCoConfig, MultiCoCoForConditionalGeneration, train
 from multicoco.evaluation.settings import find_settings, make_parser
@@ -204,6 +207,29 @@ def test_the_card_takes_by_name_only_what_the_run_does_not_say(tmp_path):
         trainer.create_model_card(language="en", dataset="mine", tasks=None)
 
 
+def test_verbosity_of_the_library_is_that_of_every_logger_here():
+    found = [
+        module.logger
+        for name, module in sys.modules.items()
+        if name.startswith("multicoco") and hasattr(module, "logger")
+    ]
+    assert len(found) >= 7
+    before = logging.get_verbosity()
+    try:
+        for level in (logging.ERROR, logging.INFO):
+            logging.set_verbosity(level)
+            assert {logger.getEffectiveLevel() for logger in found} == {level}
+    finally:
+        logging.set_verbosity(before)
+
+
+@pytest.mark.parametrize("mapping", ['{"steps"', "steps=rationale", '["steps"]', '{"steps": 3}'])
+def test_a_mapping_of_columns_that_is_none_is_refused(mapping):
+    data = parse(None, [f"--{name}={value}" for name, value in {**NEEDED, "column_mapping": mapping}.items()]).data
+    with pytest.raises(ValueError, match=r"`--column_mapping` must be a JSON object.*got"):
+        data.read("some.jsonl")
+
+
 def test_a_file_that_holds_no_names_is_refused(write):
     with pytest.raises(ValueError, match="holds a list"):
         parse(None, [write("a.yaml", ["mode"])])
@@ -274,6 +300,106 @@ def test_the_learning_rate_starts_again_at_each_stage(whole):
 def test_a_schedule_that_is_cut_short_has_the_same_rates(folder, whole):
     short = history(run_here(folder, "short", "--max_steps", 7))
     assert [entry["learning_rate"] for entry in short] == [entry["learning_rate"] for entry in history(whole)[:7]]
+
+
+def starts_of_stages(log):
+    return [
+        index
+        for index, entry in enumerate(log)
+        if index and entry["curriculum/stage"] != log[index - 1]["curriculum/stage"]
+    ]
+
+
+def test_rates_start_again_where_stages_begin_however_steps_are_counted(folder):
+    """24 boards in batches of 5, the last ones dropped: 4 steps an epoch, not 5."""
+    flags = ("--per_device_train_batch_size", 5, "--dataloader_drop_last", "--answer_every", "end")
+    log = history(run_here(folder, "dropped", *flags))
+    rates = [entry["learning_rate"] for entry in log]
+    assert starts_of_stages(log) == [8, 12]
+    assert [step for step in range(1, len(rates)) if rates[step] > rates[step - 1]] == [8, 12]
+
+
+def test_the_last_stage_has_one_cosine_however_long_it_is(folder):
+    log = history(run_here(folder, "longer", "--num_train_epochs", 6, "--answer_every", "end"))
+    rates = [entry["learning_rate"] for entry in log]
+    assert [step for step in range(1, len(rates)) if rates[step] > rates[step - 1]] == starts_of_stages(log) == [6, 9]
+
+
+def test_by_default_the_rate_comes_down_in_the_second_half_of_the_last_stage(folder, capsys):
+    flags = ("--restart_schedule", "false", "--num_train_epochs", 7, "--warmup_steps", 2, "--answer_every", "end")
+    log = history(run_here(folder, "default", *flags))
+    rates = torch.tensor([entry["learning_rate"] for entry in log]) / 1e-3
+    assert starts_of_stages(log) == [6, 9]  # and so the last stage has steps 9 to 20
+    torch.testing.assert_close(rates[:3], torch.tensor([0.0, 0.5, 1.0]))
+    torch.testing.assert_close(rates[3:16], torch.ones(13))  # six steps come down
+    assert (rates[16:].diff() < 0).all()
+    assert 0 < rates[20] < 0.1
+    table = capsys.readouterr().out
+    assert re.search(r"2 +2 +4 - 7 +10 - 21 +1\.00e-03, 1\.00e-03, 6\.70e-05", table)  # as it says before it begins
+
+
+def test_a_short_run_speaks_and_says_which_stages_will_not_come(folder, caplog):
+    settings = yaml.safe_load((folder / "settings.yaml").read_text())
+    del settings["logging_steps"]
+    (folder / "defaults.yaml").write_text(yaml.safe_dump(settings))
+    for name, number, expected in (("short_default", 12, 12), ("ends_early", 6, 6)):
+        caplog.clear()
+        train.main([str(folder / "defaults.yaml"), "--output_dir", str(folder / name), "--max_steps", str(number)])
+        assert len(history(folder / name)) == expected
+        assert ("The run ends in stage 0 of 2" in caplog.text) == (name == "ends_early")
+
+
+def test_a_stopped_run_is_no_finished_one(folder, monkeypatch):
+    def asks_to_stop(self, args, state, control, **kwargs):
+        self.jit_manager.is_checkpoint_requested |= state.global_step == 2  # as the handler of SIGTERM does
+
+    monkeypatch.setattr(JITCheckpointCallback, "on_substep_end", asks_to_stop, raising=False)
+    monkeypatch.setattr(JITCheckpointCallback, "on_optimizer_step", asks_to_stop)
+    flags = ["--enable_jit_checkpoint", "--answer_every", "end"]
+    with pytest.raises(SystemExit, match="Stopped at step 3: `--resume_from_checkpoint last` goes on there"):
+        run_here(folder, "stopped", *flags)
+    assert sorted(path.name for path in (folder / "stopped").iterdir()) == ["checkpoint-3"]
+    monkeypatch.undo()
+    out = run_here(folder, "stopped", *flags, "--resume_from_checkpoint", "last")
+    assert [entry["step"] for entry in history(out)] == [1, 2, *range(4, 13)]  # it saved before it logged step 3
+
+
+def test_parts_have_learning_rates_of_their_own(folder):
+    flags = ["--max_steps", "3", "--answer_every", "end", "--weight_decay", "0.1", "--restart_schedule", "false"]
+    out = run_here(folder, "rates", *flags, "--vision_learning_rate", 0, "--projector_learning_rate", 2e-3)
+    same = run_here(folder, "one_rate", *flags, "--vision_learning_rate", 1e-3)
+    plain = run_here(folder, "no_rates", *flags)
+    start, rates, one, none = (load_file(path / "model.safetensors") for path in (folder / "start", out, same, plain))
+    assert all(torch.equal(start[name], rates[name]) for name in start if "vision" in name)
+    assert not any(torch.equal(start[name], rates[name]) for name in start if "projector" in name)
+    assert all(torch.equal(one[name], none[name]) for name in none)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--thought_learning_rate", "1e-3"], ["--vision_learning_rate", "1e-3", "--freeze_backbone"]],
+    ids=" ".join,
+)
+def test_a_learning_rate_of_what_is_not_trained_is_refused(folder, flags):
+    with pytest.raises(ValueError, match=f"`{flags[0]}`: this run trains no such weights"):
+        run_here(folder, "no_part", *flags)
+
+
+@pytest.mark.parametrize("seen_in", ["log", "checkpoint", "end"])
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(folder, seen_in):
+    """The first step has a rate of 0 and is good; all after it have weights that are no numbers."""
+    name = f"diverged-{seen_in}"
+    flags = ["--learning_rate", "1e40", "--restart_schedule", "false", "--warmup_steps", "10", "--max_grad_norm", "0"]
+    flags += ["--answer_every", "end", "--max_steps", "4", "--logging_steps", "1" if seen_in == "log" else "100"]
+    flags += ["--save_strategy", "no" if seen_in == "end" else "steps", "--save_steps", "1"]
+    with pytest.raises(
+        FloatingPointError, match=r"Step \d: the training has diverged.*Lower `learning_rate`"
+    ) as error:
+        run_here(folder, name, *flags)
+    good = str(folder / name / "checkpoint-1")
+    assert last_complete_checkpoint(folder / name) == (None if seen_in == "end" else good)
+    assert ("the model it started from" if seen_in == "end" else good) in str(error.value)
+    assert not (folder / name / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("mode", ["cot", "no_cot", "no_thoughts", "pause", "pause_loop"])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from transformers import TrainingArguments
 from transformers.utils import is_bitsandbytes_available, is_peft_available
 
 from ..compat import leave_out_shm_kernel
@@ -15,6 +14,7 @@ from ..configuration_multicoco import CONTROL_FEEDBACK, STATE_FEEDBACKS
 from ..curriculum import CurriculumArguments, setting
 from ..evaluation.settings import RecordArguments, find_settings, make_parser
 from ..processing_multicoco import MultiCoCoProcessor
+from .trainer import CoconutArguments
 
 
 @dataclass
@@ -57,6 +57,10 @@ class ModelArguments:
     estimate_memory: bool = setting(
         "Print what the largest training step needs in memory, by formula, and exit.", default=False
     )
+    dry_run: bool = setting(
+        "Print what the run would do (stages, steps, thoughts, learning rates, longest sample, memory) and exit.",
+        default=False,
+    )
 
     def __post_init__(self):
         needed = {"peft": self.lora_rank and "--lora_rank", "qlora": self.load_in_4bit and "--load_in_4bit"}
@@ -68,8 +72,11 @@ class ModelArguments:
                 "`--load_in_4bit` keeps weights that cannot be trained themselves, but `--lora_rank` is 0. Give it, "
                 "as `--lora_rank 16`, or leave `--load_in_4bit` out."
             )
-        if self.load_in_4bit and self.estimate_memory:
-            raise ValueError("`--estimate_memory` knows no 4 bits. Leave `--load_in_4bit` out: that needs more.")
+        if self.load_in_4bit and (self.estimate_memory or self.dry_run):
+            raise ValueError(
+                "The estimate of memory (`--estimate_memory`, `--dry_run`) knows no 4 bits. Leave `--load_in_4bit` "
+                "out for it: that needs more."
+            )
 
 
 @dataclass(kw_only=True)
@@ -115,7 +122,7 @@ class Settings(NamedTuple):
     model: ModelArguments
     data: DataArguments
     curriculum: CurriculumArguments
-    training: TrainingArguments
+    training: CoconutArguments
     sources: dict[str, str]
 
 
@@ -126,9 +133,7 @@ def parse(description: str | None, arguments: Sequence[str]) -> Settings:
     Raises:
         ValueError: a value out of range, or see [`~evaluation.settings.find_settings`].
     """
-    parser = make_parser(
-        ModelArguments, DataArguments, CurriculumArguments, TrainingArguments, description=description
-    )
+    parser = make_parser(ModelArguments, DataArguments, CurriculumArguments, CoconutArguments, description=description)
     words, sources = find_settings(parser, arguments)
     if not torch.accelerator.is_available():
         words.append("--use_cpu")  # else accelerate takes the processes of torchrun for runs of their own

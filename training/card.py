@@ -244,6 +244,11 @@ def _answered(row: Mapping[str, Any]) -> tuple[str, str, int]:
     return f"{rate:.1%}", _interval(*wilson_interval(rate, count)), count
 
 
+def _stage(row: Mapping[str, Any]) -> str:
+    step = row.get("eval/best_step")
+    return f"{row['eval/stage']}" + ("" if step is None else f" (this model, of step {step})")
+
+
 def _scores_text(
     results: Sequence[Mapping[str, Any]],
     scores: Sequence[Mapping[str, Any]],
@@ -253,7 +258,7 @@ def _scores_text(
     parts: list[str] = []
     rows: list[tuple[Any, ...]]
     if results:
-        rows = [(row["eval/stage"], row["eval/num_thoughts"], *_answered(row)) for row in results]
+        rows = [(_stage(row), row["eval/num_thoughts"], *_answered(row)) for row in results]
         parts.append(f"Exact match of greedy answers on {_shown(data_file)}, at the end of each stage:")
         parts.append(_table(("stage", "thoughts", "accuracy", "95 % interval (Wilson)", "samples"), rows))
     if scores:

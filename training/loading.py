@@ -18,7 +18,7 @@ from ..trainer_callbacks import last_complete_checkpoint
 from .arguments import ModelArguments
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
 
 # Beside the layers that adapters are added to; what stays in its own precision is trained, or sees the picture.
 NOT_IN_4BIT = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]

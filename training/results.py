@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,29 @@ def memory_table(
     return "\n".join(lines)
 
 
+def schedule_table(trainer: StageTrainer) -> str:
+    """The stages that a run will go through, in steps, with their thoughts and learning rates."""
+    plan, curriculum, args = trainer.plan(), trainer.curriculum, trainer.args
+    lines = [
+        f"{plan.max_steps} optimizer steps of {plan.batch_size} samples; an epoch of {len(trainer.train_dataset)} "
+        f"samples has {plan.steps_per_epoch}\n",
+        f"{'stage':>5}  {'thoughts':>8}  {'epochs':>9}  {'steps':>15}  learning rate at its first step, highest, last",
+    ]
+    for stage, first, stop in plan.stages:
+        rates = [args.learning_rate * factor(step) for factor in plan.factors[:1] for step in range(first, stop)]
+        told = ", ".join(f"{rate:.2e}" for rate in (rates[0], max(rates), rates[-1])) if rates else "set by the run"
+        epochs = f"{first // plan.steps_per_epoch + 1} - {math.ceil(stop / plan.steps_per_epoch)}"
+        thoughts, steps = curriculum.num_thoughts(stage) or 0, f"{first + 1} - {stop}"
+        lines.append(f"{stage:>5}  {thoughts:>8}  {epochs:>9}  {steps:>15}  {told}")
+    return "\n".join(lines)
+
+
+def longest_sample(dataset: StageDataset) -> str:
+    """How long the longest sample of any stage is."""
+    longest = max(shape.longest(dataset.curriculum, dataset.num_image_token) for shape in dataset.shapes())
+    return f"longest sample: {longest} tokens"
+
+
 def make_judge(dataset: StageDataset, processor: MultiCoCoProcessor) -> Callable[[Sequence[int], int], bool]:
     """`(new tokens, index) -> right`: whether what the model writes as its answer is exactly the record's."""
     score = load_metric("exact")
@@ -106,6 +130,18 @@ def write_settings(given: Settings, trainer: StageTrainer) -> None:
     (Path(str(args.output_dir)) / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
+def folder_note(output_dir: str | Path) -> str:
+    """How large the folder of a run is, and what of it may be deleted."""
+    sizes = {path: path.stat().st_size for path in Path(output_dir).rglob("*") if path.is_file()}
+    checkpoints = sum(
+        size for path, size in sizes.items() if path.relative_to(output_dir).parts[0].startswith("checkpoint-")
+    )
+    note = f"{output_dir} has {sum(sizes.values()) / 2**20:,.1f} MiB"
+    if checkpoints:
+        note += f", {checkpoints / 2**20:,.1f} of them in checkpoint-*, which only a resumed run needs"
+    return note
+
+
 def answers_of(log_history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Of a trainer's log, what was measured at the ends of stages."""
     return [entry for entry in log_history if "eval/accuracy" in entry]
@@ -118,9 +154,10 @@ def results_table(log_history: Sequence[Mapping[str, Any]]) -> str:
     ]
     for row in answers_of(log_history):
         low, high = wilson_interval(row["eval/accuracy"], row["eval/samples"])
+        kept = f"  kept, of step {row['eval/best_step']}" if "eval/best_step" in row else ""
         lines.append(
             f"{row['eval/stage']:>5}  {row['eval/num_thoughts']:>8}  {row['eval/accuracy']:>8.1%}  "
-            f"{low:>7.1%} - {high:>6.1%}  {row['eval/new_tokens']:>10.1f}  {row['eval/samples']:>7}"
+            f"{low:>7.1%} - {high:>6.1%}  {row['eval/new_tokens']:>10.1f}  {row['eval/samples']:>7}{kept}"
         )
     return "\n".join(lines) if lines[1:] else ""
 
