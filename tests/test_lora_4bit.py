@@ -1,6 +1,7 @@
 """QLoRA by `train.py --load_in_4bit`: trained, resumed, merged, exported and scored; run by `make test-extras`."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -121,6 +122,15 @@ def test_it_is_exported_and_scored(folder, trainer):
     words = ["--data", str(folder / "mine.jsonl"), "--max_new_tokens", "3", "--model", str(folder / "whole")]
     (row,) = score.main(words)
     assert (row["num_thoughts"], row["samples"]) == (1, 8)
+
+
+def test_it_is_loaded_as_its_card_says(folder, trainer, monkeypatch):
+    card = (folder / "whole" / "README.md").read_text()
+    block = re.search("```python\n(.*?)```", card, flags=re.DOTALL)[1].replace("the base model", str(folder / "base"))
+    monkeypatch.chdir(folder)
+    scope = {}
+    exec(block, scope)
+    assert torch.equal(logits_of(scope["model"]), logits_of(load_checkpoint("whole")))
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(folder, trainer):
