@@ -27,6 +27,7 @@ from .processing_multicoco import MultiCoCoProcessor
 if TYPE_CHECKING:
     from .curriculum import CurriculumArguments, final_answer
     from .data_multicoco import ReasoningCollator, StageDataset
+    from .evaluation.checkpoints import load_checkpoint, replace_checkpoint
     from .evaluation.intervals import mcnemar, mean_interval, paired_bootstrap, wilson_interval
     from .records import load_records, question_text, turns
     from .trainer_callbacks import AnswerCallback, CompletionCallback, CurriculumCallback, last_complete_checkpoint
@@ -57,17 +58,20 @@ __all__ = [
     "export_internvl",
     "final_answer",
     "last_complete_checkpoint",
+    "load_checkpoint",
     "load_records",
     "mcnemar",
     "mean_interval",
     "paired_bootstrap",
     "question_text",
+    "replace_checkpoint",
     "turns",
     "wilson_interval",
 ]
 _LAZY = {
     "curriculum": ("CurriculumArguments", "final_answer"),
     "data_multicoco": ("ReasoningCollator", "StageDataset"),
+    "evaluation.checkpoints": ("load_checkpoint", "replace_checkpoint"),
     "evaluation.intervals": ("mcnemar", "mean_interval", "paired_bootstrap", "wilson_interval"),
     "records": ("load_records", "question_text", "turns"),
     "trainer_callbacks": ("AnswerCallback", "CompletionCallback", "CurriculumCallback", "last_complete_checkpoint"),

@@ -12,6 +12,7 @@ The file is YAML or JSON with the names of the flags. Everything of transformers
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +28,9 @@ from multicoco.trainer_callbacks import (
     CompletionCallback,
     CurriculumCallback,
     check_devices,
-    last_complete_checkpoint,
 )
 from multicoco.training.arguments import Settings, parse
-from multicoco.training.loading import load_model
+from multicoco.training.loading import find_checkpoint, load_model
 from multicoco.training.results import (
     folder_note,
     longest_sample,
@@ -76,6 +76,9 @@ def make_datasets(settings: Settings, processor: MultiCoCoProcessor) -> tuple[St
         return train_dataset, None
     asked = data_args.read(data_args.eval_file, skip_bad_records=skip, needs_steps=False)
     return train_dataset, tokenize(asked.each_once(), processor, settings, is_evaluated=True)
+
+
+REPORTS = ("settings.json", "results.json", "results.png", "README.md")  # those of an earlier run speak of its model
 
 
 def main(words: Sequence[str] | None = None) -> StageTrainer | None:
@@ -129,27 +132,26 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
             print(f"\n{longest_sample(train_dataset)}\n{memory_table(model_args, args, train_dataset, processor)}")
     if model_args.dry_run:
         return None
-    resume, output_dir = args.resume_from_checkpoint, str(args.output_dir)
-    if resume in ("true", "True", "last"):
-        resume = last_complete_checkpoint(output_dir)
-        if resume is None:
-            logger.warning(f"No complete checkpoint in {output_dir}: the run begins at its first step.")
+    resume, output_dir = find_checkpoint(args), str(args.output_dir)
+    if args.resume_from_checkpoint and resume is None:
+        logger.warning(f"No complete checkpoint in {output_dir}: the run begins at its first step.")
     trainer.train(resume_from_checkpoint=resume)
     if completion.was_stopped:
         raise SystemExit(
             f"Stopped at step {trainer.state.global_step}: `--resume_from_checkpoint last` goes on there."
         )
+    trainer.save_model(_internal_call=True)  # first: without it nothing may look finished
     trainer.save_state()
     if is_main:
+        for name in REPORTS:
+            (Path(output_dir) / name).unlink(missing_ok=True)
         write_settings(settings, trainer)
         write_results(trainer.state.log_history, output_dir)
         if table := results_table(trainer.state.log_history):
             print(f"\n{table}")
-        print(f"\nmodel, results.json and results.png are in {output_dir}")
-        if model_args.lora_rank:
-            model.config.save_pretrained(output_dir)  # peft saves the adapters only
-    trainer.save_model()  # with `--push_to_hub` it also makes the card and sends the folder
-    if not args.push_to_hub:
+    if args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save")  # makes the card, and sends the folder
+    else:
         trainer.create_model_card()
     if is_main:
         print(folder_note(output_dir))

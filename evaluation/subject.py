@@ -16,8 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..configuration_multicoco import STATE_FEEDBACKS, MultiCoCoConfig
 from ..curriculum import CurriculumArguments, check_settings, final_answer, setting, written_tokens
 from ..data_multicoco import ReasoningCollator, StageDataset
-from ..modeling_multicoco import MultiCoCoForConditionalGeneration
 from ..records import Records, RecordSet, load_records
+from .checkpoints import base_of, load_checkpoint
 from .readings import check_function
 from .settings import RecordArguments
 
@@ -68,7 +68,7 @@ class Subject:
     A checkpoint, and the records as it is asked them.
 
     Args:
-        name (`str`): Folder or Hub name of the checkpoint.
+        name (`str`): Folder or Hub name of the checkpoint; adapters are merged into their base.
         records (`list[dict]`): From [`load_records`].
         arguments ([`AskArguments`]): How it is loaded and asked.
         device (`torch.device`): Where the model runs.
@@ -93,6 +93,7 @@ class Subject:
     ):
         try:
             self.config = MultiCoCoConfig.from_pretrained(name)
+            base_of(name)  # raises if it cannot be loaded
             self.processor = arguments.load_processor(name)
         except OSError as error:
             raise ValueError(
@@ -138,7 +139,7 @@ class Subject:
         if self.model is not None:
             return
         kwargs: dict[str, Any] = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
-        model = MultiCoCoForConditionalGeneration.from_pretrained(self.name, dtype=self.arguments.dtype, **kwargs)
+        model = load_checkpoint(self.name, dtype=self.arguments.dtype, **kwargs)
         self.model = model.to(self.device).eval()
 
     def answer(self, indices: Sequence[int], num_thoughts: int | None) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from multicoco import OWN, MultiCoCoForConditionalGeneration, MultiCoCoProcessor
+from multicoco import OWN, MultiCoCoProcessor, load_checkpoint
 
 
 def read_groups(model: Any, processor: MultiCoCoProcessor, thoughts: torch.Tensor | None) -> list[str]:
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     args = parser.parse_args(arguments)
 
     processor = MultiCoCoProcessor.from_pretrained(args.model)
-    model = MultiCoCoForConditionalGeneration.from_pretrained(args.model, dtype="auto", device_map="auto")
+    model = load_checkpoint(args.model, dtype="auto", device_map="auto")
     if args.show_thoughts and (model.config.mode != "coconut" or not model.config.step_loss_weight):
         parser.error(
             f"--show_thoughts: the thoughts of {args.model} cannot be read: its mode is {model.config.mode} and its "

@@ -181,9 +181,11 @@ def test_adapters_are_pushed_and_loaded_as_their_card_says(pushed):
     exec(block, scope)
     assert isinstance(scope["model"], MultiCoCoForConditionalGeneration)
     assert (scope["model"].config.num_thoughts, scope["processor"].num_thoughts) == (1, 1)
-    trained = load_file(folder / "out-lora" / "adapter_model.safetensors")
+    trained, config = load_file(folder / "out-lora" / "adapter_model.safetensors"), scope["model"].config
     rows = next(value for name, value in trained.items() if "embed_tokens" in name)
-    torch.testing.assert_close(scope["model"].get_input_embeddings().weight, rows.to(scope["model"].dtype))
+    weight = scope["model"].get_input_embeddings().weight
+    ids = [config.start_latent_id, config.latent_token_id, config.end_latent_id]
+    torch.testing.assert_close(weight[ids], rows.to(weight.dtype))
 
 
 def test_a_run_without_a_push_has_its_card_too(pushed, tmp_path, monkeypatch):

@@ -140,6 +140,8 @@ NEW = {
     "first_latent_stage": 1,
     "follow": None,
     "image_folder": None,
+    "load_in_4bit": False,
+    "lora_embeddings": None,
     "normalize_on_device": False,
     "num_read": 8,
     "overwrite_cache": False,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from transformers.utils import is_bitsandbytes_available, is_peft_available
 
 from ..compat import leave_out_shm_kernel
 from ..configuration_multicoco import CONTROL_FEEDBACK, STATE_FEEDBACKS
@@ -44,6 +45,15 @@ class ModelArguments:
         "Train LoRA adapters of this rank in the language model (needs peft); 0 trains all.", default=0
     )
     lora_alpha: int | None = setting("LoRA scale; twice the rank if not given.", default=None)
+    lora_embeddings: str | None = setting(
+        "What adapters learn of the embeddings. rows: those of the three thought tokens. whole: embeddings and head. "
+        "rows if not given; a resumed run goes on with what it began with.",
+        default=None,
+        choices=["rows", "whole"],
+    )
+    load_in_4bit: bool = setting(
+        "Keep the layers of the language model in 4 bits, under adapters (QLoRA; needs bitsandbytes).", default=False
+    )
     estimate_memory: bool = setting(
         "Print what the largest training step needs in memory, by formula, and exit.", default=False
     )
@@ -51,6 +61,22 @@ class ModelArguments:
         "Print what the run would do (stages, steps, thoughts, learning rates, longest sample, memory) and exit.",
         default=False,
     )
+
+    def __post_init__(self):
+        needed = {"peft": self.lora_rank and "--lora_rank", "qlora": self.load_in_4bit and "--load_in_4bit"}
+        for extra, is_there in (("peft", is_peft_available), ("qlora", is_bitsandbytes_available)):
+            if needed[extra] and not is_there():
+                raise ValueError(f"`{needed[extra]}` needs a package: `pip install 'multicoco[{extra}]'`.")
+        if self.load_in_4bit and not self.lora_rank:
+            raise ValueError(
+                "`--load_in_4bit` keeps weights that cannot be trained themselves, but `--lora_rank` is 0. Give it, "
+                "as `--lora_rank 16`, or leave `--load_in_4bit` out."
+            )
+        if self.load_in_4bit and (self.estimate_memory or self.dry_run):
+            raise ValueError(
+                "The estimate of memory (`--estimate_memory`, `--dry_run`) knows no 4 bits. Leave `--load_in_4bit` "
+                "out for it: that needs more."
+            )
 
 
 @dataclass(kw_only=True)

@@ -51,6 +51,15 @@ model = PeftModel.from_pretrained(model, "{model_id}").merge_and_unload()
 model.config.num_thoughts = processor.num_thoughts = {num_thoughts}
 model.config.thought_feedback = "{thought_feedback}"
 ```"""
+# Where more belongs to them than that block sets: 4 bits that the base is rounded to, sweeps.
+USE_LOADED = """These are adapters. They need their base model, its thought tokens and the package multicoco:
+
+```python
+from multicoco import MultiCoCoProcessor, load_checkpoint
+
+processor = MultiCoCoProcessor.from_pretrained("{model_id}")
+model = load_checkpoint("{model_id}", base_model="{base}")
+```"""
 
 
 def make_card(
@@ -343,7 +352,8 @@ def _use(
     if not is_adapter:
         return USE.format(model_id=model_id)
     init_from = settings.get("init_latents_from")
-    return USE_ADAPTERS.format(
+    is_more = getattr(config, "quantization_config", None) is not None or config.thought_sweeps is not None
+    return (USE_LOADED if is_more else USE_ADAPTERS).format(
         model_id=model_id,
         base=base if _is_hub_name(base) else "the base model",
         init_from=f", {init_from!r}" if init_from else "",

@@ -1,15 +1,27 @@
 """The model that is trained: loaded, with its thought tokens, frozen parts and adapters. Knows no data."""
 
+import os
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from transformers import TrainingArguments
+from transformers import BitsAndBytesConfig, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
+from ..compat import read_json
 from ..configuration_multicoco import MultiCoCoConfig
+from ..evaluation.checkpoints import ADAPTERS, MODEL, START, base_of, files_of
 from ..modeling_multicoco import MultiCoCoForConditionalGeneration, add_thought_tokens
 from ..processing_multicoco import MultiCoCoProcessor
+from ..trainer_callbacks import last_complete_checkpoint
 from .arguments import ModelArguments
+
+
+logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
+
+# Beside the layers that adapters are added to; what stays in its own precision is trained, or sees the picture.
+NOT_IN_4BIT = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 
 def load_model(
@@ -18,10 +30,16 @@ def load_model(
     """
     The model with its thought tokens. A checkpoint that lacks them gets them once, on one process and unsharded, in
     `output_dir/_start`, before DeepSpeed partitions anything; then all ranks load that. peft wraps it for `lora_rank`.
+
+    Raises:
+        ValueError: see [`check_folders`] and [`find_kind`], or what was asked for does not go together.
     """
+    check_folders(model_args, args)
+    kind = find_kind(model_args, find_checkpoint(args))
     name: str | Path = model_args.model_name_or_path
-    if MultiCoCoConfig.from_pretrained(name).latent_token_id is None:
-        start = Path(str(args.output_dir)) / "_start"  # what begins with _ is not pushed to the Hub
+    is_new = MultiCoCoConfig.from_pretrained(name).latent_token_id is None
+    if is_new:
+        start = Path(str(args.output_dir)) / START
         unset_hf_deepspeed_config()
         with args.main_process_first(local=False, desc="adding thought tokens"):
             if args.process_index == 0:
@@ -32,9 +50,13 @@ def load_model(
             set_hf_deepspeed_config(args.hf_deepspeed_config)
         name = start
     # Only DeepSpeed keeps the weights in float32 beside a bfloat16 model; in plain bfloat16 small updates are lost.
-    dtype = torch.bfloat16 if args.bf16 and args.deepspeed else torch.float32
+    # Beside 4 bits they may be bfloat16 if they are frozen: peft keeps adapters and rows in float32.
+    is_frozen = kind.load_in_4bit and kind.lora_embeddings == "rows"
+    dtype = torch.bfloat16 if args.bf16 and (args.deepspeed or is_frozen) else torch.float32
     kwargs = {name: getattr(model_args, name) for name in ("attn_implementation", "thought_feedback")}
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    if kind.load_in_4bit:
+        kwargs["quantization_config"] = _in_4bit(args)
     model = MultiCoCoForConditionalGeneration.from_pretrained(name, dtype=dtype, **kwargs)
     if model_args.thought_sweeps is not None:
         model.config.set_trained(thought_sweeps=model_args.thought_sweeps or None)
@@ -46,15 +68,138 @@ def load_model(
     ):
         if freeze:
             module.requires_grad_(False)
-    if model_args.lora_rank:
-        from peft import LoraConfig, get_peft_model
+    if not model_args.lora_rank:
+        return model
+    if is_new and model_args.init_latents_from is not None:
+        model.config.init_latents_from = model_args.init_latents_from  # how the base gets the same tokens again
+    adapted = _add_adapters(model, kind, is_zero3=_is_zero3(args))
+    # Not `_start`: adapters hold all that the thought tokens learned, so that the base as it is will do.
+    adapted.peft_config["default"].base_model_name_or_path = model_args.model_name_or_path
+    return adapted
 
-        lora = LoraConfig(
-            r=model_args.lora_rank,
-            lora_alpha=model_args.lora_alpha or 2 * model_args.lora_rank,
-            target_modules=r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj",
-            modules_to_save=["embed_tokens", "lm_head"],  # thought tokens are new rows
-            ensure_weight_tying=model.config.tie_word_embeddings,
+
+def check_folders(model_args: ModelArguments, args: TrainingArguments) -> None:
+    """
+    Asks what lies where the run reads and writes, before it does either.
+
+    Raises:
+        ValueError: what is to be trained is adapters, or new adapters would be saved beside their base.
+    """
+    name, folder = model_args.model_name_or_path, str(args.output_dir)
+    if base_of(name) is not None:
+        raise ValueError(
+            f"`--model_name_or_path` {name} holds adapters, which are no model to begin with. Merge them first "
+            f"(`python examples/merge_lora.py --adapters {name} --output_dir MERGED`), or go on with their run by "
+            "`--resume_from_checkpoint last` and the same `--output_dir`."
         )
-        model = get_peft_model(model, lora)
-    return model
+    if model_args.lora_rank and os.path.realpath(name) == os.path.realpath(folder):
+        raise ValueError(
+            f"`--output_dir` {folder} is the base model of the adapters of `--lora_rank`, and a folder holds either. "
+            "Give another folder."
+        )
+    form, other = (ADAPTERS, MODEL) if model_args.lora_rank else (MODEL, ADAPTERS)
+    if args.process_index == 0 and (old := files_of(folder, other)):
+        logger.warning(
+            f"`--output_dir` {folder} holds {other} of an earlier run: {', '.join(path.name for path in old)}. They "
+            f"are removed when this run has saved {form} there. To keep them, give another folder."
+        )
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint that a run goes on from, if it does: for `last` the newest in `output_dir` that is whole."""
+    checkpoint = args.resume_from_checkpoint
+    return last_complete_checkpoint(str(args.output_dir)) if checkpoint in ("true", "True", "last") else checkpoint
+
+
+class Kind(NamedTuple):
+    """The flags that say which weights are trained; of a whole model the last three say nothing."""
+
+    lora_rank: int = 0
+    lora_alpha: int | None = None
+    lora_embeddings: str | None = None
+    load_in_4bit: bool = False
+
+
+def find_kind(model_args: ModelArguments, checkpoint: str | None) -> Kind:
+    """
+    The kind of weights that a run trains. A flag that may be left out is then that of the checkpoint it goes on from.
+
+    Raises:
+        ValueError: the checkpoint holds weights of another kind; says by which flags it would not.
+    """
+    found = _kind_of_checkpoint(checkpoint) if checkpoint else None
+    kind = Kind()
+    if model_args.lora_rank:
+        kind = Kind(
+            model_args.lora_rank,
+            model_args.lora_alpha or 2 * model_args.lora_rank,
+            model_args.lora_embeddings or (found and found.lora_embeddings) or "rows",
+            model_args.load_in_4bit,
+        )
+    if found is not None and found != kind:
+        names = [name for name in Kind._fields if getattr(found, name) != getattr(kind, name)]
+        had, has = (", ".join(f"`--{name} {getattr(one, name)}`" for name in names) for one in (found, kind))
+        raise ValueError(
+            f"`--resume_from_checkpoint` {checkpoint} was trained with {had}, this run with {has}. Give the same "
+            "flags, or begin anew in another `--output_dir`."
+        )
+    return kind
+
+
+def _kind_of_checkpoint(checkpoint: str) -> Kind | None:
+    if files_of(checkpoint, MODEL):  # also beside adapters, as earlier versions left both: `Trainer` loads the model
+        return Kind()
+    if not files_of(checkpoint, ADAPTERS):
+        return None  # nothing is there, or what `Trainer` knows
+    saved = read_json(checkpoint, ADAPTER_CONFIG_NAME)
+    embeddings = "rows" if saved.get("trainable_token_indices") else "whole"
+    return Kind(
+        saved["r"], saved["lora_alpha"], embeddings, "quantization_config" in read_json(checkpoint, CONFIG_NAME)
+    )
+
+
+def _is_zero3(args: TrainingArguments) -> bool:
+    config = getattr(args, "hf_deepspeed_config", None)
+    return config is not None and config.is_zero3()
+
+
+def _in_4bit(args: TrainingArguments) -> BitsAndBytesConfig:
+    """QLoRA's own 4 bits, for the layers of the language model."""
+    if _is_zero3(args):
+        raise ValueError(
+            "`--load_in_4bit` keeps whole layers on every device, which ZeRO-3 partitions. Use ds_configs/zero2.json."
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        llm_int8_skip_modules=NOT_IN_4BIT,
+    )
+
+
+def _add_adapters(model: MultiCoCoForConditionalGeneration, kind: Kind, *, is_zero3: bool) -> Any:
+    """The model with adapters in its language model, and what they learn of the embeddings: thought tokens are new."""
+    from peft import LoraConfig, get_peft_model
+
+    config = model.config
+    if kind.lora_embeddings == "whole":
+        learned: dict[str, Any] = {
+            "modules_to_save": ["embed_tokens", "lm_head"],
+            "ensure_weight_tying": config.tie_word_embeddings,
+        }
+    elif is_zero3 and not torch.cuda.is_available():
+        raise ValueError(
+            "`--lora_embeddings rows` under ZeRO-3 needs CUDA, which peft asks for there. Give `whole`, or use "
+            "ds_configs/zero2.json."
+        )
+    else:  # a tied head follows; in another they stay as they are: these tokens are fed, never labels, never written
+        rows = [config.start_latent_id, config.latent_token_id, config.end_latent_id]
+        learned = {"trainable_token_indices": {"language_model.embed_tokens": rows}}
+    lora = LoraConfig(
+        r=kind.lora_rank,
+        lora_alpha=kind.lora_alpha,
+        target_modules=r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj",
+        **learned,
+    )
+    return get_peft_model(model, lora)

@@ -429,10 +429,26 @@ class StageTrainer(Trainer):
             answers = {name: best[-1][logged] for name, logged in names.items() if logged in best[-1]}
             self.log({**answers, f"{ANSWERS}best_step": cast(int, step)})
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As [`~transformers.Trainer.save_model`], with which a checkpoint begins, outside the time of training."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        As [`~transformers.Trainer.save_model`], with which a checkpoint begins, outside the time of training. In a
+        folder other than a checkpoint's the model is complete or not there; weights of another form that lay there go.
+        """
+        from ..evaluation.checkpoints import ADAPTERS, MODEL, remove, replace_checkpoint
+
         self.throughput.stop()
-        super().save_model(*args, **kwargs)
+        has_adapters, is_writer = hasattr(self.model, "peft_config"), self.args.should_save
+        if _internal_call and output_dir is not None:  # a checkpoint's, which has a mark when it is complete
+            if is_writer:
+                remove(output_dir, MODEL if has_adapters else ADAPTERS)
+            super().save_model(output_dir, _internal_call=True)
+            return
+        with replace_checkpoint(output_dir or str(self.args.output_dir), is_writer=is_writer) as folder:
+            super().save_model(str(folder), _internal_call=True)
+            if has_adapters and is_writer:
+                self.model.config.save_pretrained(folder)  # peft saves the adapters only
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """
