@@ -139,7 +139,7 @@ class Subject:
         if self.model is not None:
             return
         kwargs: dict[str, Any] = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
-        model = load_checkpoint(self.name, dtype=self.arguments.dtype, **kwargs)
+        model: Any = load_checkpoint(self.name, dtype=self.arguments.dtype, **kwargs)
         self.model = model.to(self.device).eval()
 
     def answer(self, indices: Sequence[int], num_thoughts: int | None) -> list[dict[str, Any]]:
