@@ -81,15 +81,9 @@ def copy(folder, name, other):
     return folder / other
 
 
-def logits_of(model, num_thoughts=2):
-    ids = [
-        5,
-        6,
-        model.config.start_latent_id,
-        *[model.config.latent_token_id] * num_thoughts,
-        model.config.end_latent_id,
-        7,
-    ]
+def logits_of(model):
+    config = model.config
+    ids = [5, 6, config.start_latent_id, config.latent_token_id, config.latent_token_id, config.end_latent_id, 7]
     with torch.no_grad():
         return model.eval()(input_ids=torch.tensor([ids])).logits
 

@@ -15,6 +15,7 @@ from reference import (
     training,
     widened,
 )
+from safetensors.torch import load_file
 from transformers import InternVLForConditionalGeneration
 
 from multicoco import MultiCoCoForConditionalGeneration, add_thought_tokens, export_internvl
@@ -55,6 +56,18 @@ def logits_of(model, batch):
     inputs = {name: value for name, value in model_inputs(batch).items() if name != "labels"}
     with torch.no_grad(), widened():
         logits = model(**inputs).logits
+    return logits[batch["attention_mask"].bool()]
+
+
+def native_logits_of(model, batch):
+    positions = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    with torch.no_grad(), widened():
+        logits = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            position_ids=positions,
+            pixel_values=batch["pixel_values"],
+        ).logits
     return logits[batch["attention_mask"].bool()]
 
 
@@ -179,15 +192,7 @@ def test_export_of_a_merged_model_has_its_logits(lora_model, make_batch, tmp_pat
     expected = logits_of(lora_model, batch)
     export_internvl(lora_model.merge_and_unload(), tmp_path)
     native = InternVLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64)
-    positions = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-    with torch.no_grad(), widened():
-        logits = native(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            position_ids=positions,
-            pixel_values=batch["pixel_values"],
-        ).logits[batch["attention_mask"].bool()]
-    torch.testing.assert_close(logits, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(native_logits_of(native, batch), expected, atol=1e-10, rtol=0)
 
 
 class TestTrainableEmbeddings:
@@ -225,6 +230,64 @@ class TestTrainableEmbeddings:
         assert not torch.equal(
             merged.get_input_embeddings().weight[row], shared_model.get_input_embeddings().weight[row]
         )
+
+
+class TestTrainableRows:
+    """With `trainable_token_indices`, only the rows of the thought tokens are learned, as `train.py` does."""
+
+    @pytest.fixture(params=["untied", "tied"])
+    def base(self, model, request):
+        if request.param == "tied":
+            model.lm_head.weight = model.get_input_embeddings().weight
+            model.config.tie_word_embeddings = True
+        return model
+
+    @pytest.fixture
+    def lora_model(self, base):
+        ids = [base.config.start_latent_id, base.config.latent_token_id, base.config.end_latent_id]
+        return add_lora(base, trainable_token_indices={"language_model.embed_tokens": ids})
+
+    @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+    def test_gradients_match_full_recompute(self, lora_model, batch, checkpointing):
+        base = lora_model.base_model.model
+        expected_loss, expected = loss_and_grads(lora_model, lambda: reference_loss(base, batch))
+        with training(lora_model), training(base, checkpointing):
+            loss, grads = loss_and_grads(lora_model, lambda: lora_model(**model_inputs(batch)).loss)
+        torch.testing.assert_close(loss, expected_loss, atol=1e-11, rtol=0)
+        assert_same_grads(grads, expected)
+        (rows,) = (grad for name, grad in grads.items() if "lora_" not in name and grad.any())
+        assert rows.shape == (3, base.config.text_config.hidden_size)
+        assert rows[0].any()  # it begins the first thought
+        assert rows[2].any()  # it ends the last one
+
+    def test_they_are_saved_loaded_merged_and_exported_with_the_same_logits(
+        self, base, lora_model, make_batch, batch, tmp_path
+    ):
+        optimizer = torch.optim.SGD(lora_model.parameters(), lr=0.05)
+        before = base.state_dict()["model.language_model.embed_tokens.token_adapter.base_layer.weight"].clone()
+        with training(lora_model):
+            lora_model(**model_inputs(batch)).loss.backward()
+            optimizer.step()
+        expected = logits_of(lora_model, batch)
+        lora_model.save_pretrained(tmp_path / "adapters")
+        saved = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
+        width = base.config.text_config.hidden_size
+        assert [value.shape for name, value in saved.items() if "lora_" not in name] == [(3, width)]
+        fresh = copy.deepcopy(lora_model).unload()
+        loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapters", autocast_adapter_dtype=False)
+        assert torch.equal(logits_of(loaded.eval(), batch), expected)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(logits_of(merged, batch), expected, atol=1e-10, rtol=0)
+        ids = [merged.config.start_latent_id, merged.config.latent_token_id, merged.config.end_latent_id]
+        changed = (merged.get_input_embeddings().weight != before).any(dim=1).nonzero()[:, 0].tolist()
+        is_tied = base.config.tie_word_embeddings
+        assert changed == (ids if is_tied else [ids[0], ids[2]])  # a thought takes the place of the other
+        assert (merged.lm_head.weight is merged.get_input_embeddings().weight) == is_tied
+        plain = make_batch(num_thoughts=(0, 0), images=((1,), (2,)))
+        expected = logits_of(merged, plain)
+        export_internvl(merged, tmp_path / "plain")
+        native = InternVLForConditionalGeneration.from_pretrained(tmp_path / "plain", dtype=torch.float64)
+        torch.testing.assert_close(native_logits_of(native, plain), expected, atol=1e-10, rtol=0)
 
 
 def test_adapter_fits_a_base_model_that_was_given_its_tokens_anew(processor, batch, tmp_path):
