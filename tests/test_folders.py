@@ -165,12 +165,15 @@ def test_a_folder_with_both_is_refused_by_all_that_load_it(folder, whole, adapte
         run(folder, "of both", "--model_name_or_path", both)
 
 
-def test_adapters_are_no_base_and_are_not_saved_beside_theirs(folder, adapted):
+def test_adapters_are_no_base_and_are_not_saved_over_theirs(folder, whole, adapted):
     with pytest.raises(ValueError, match="holds adapters, which are no model to begin with"):
         run(folder, "of adapters", "--model_name_or_path", folder / "adapted")
-    with pytest.raises(ValueError, match="is the base model of the adapters"):
-        run(folder, "base", *LORA)
-    assert not files_of(folder / "base", ADAPTERS)
+    for name, base in (("base", "base"), ("whole", "whole/checkpoint-1")):
+        with pytest.raises(ValueError, match="is where the base model of the adapters"):
+            run(folder, name, *LORA, "--model_name_or_path", folder / base)
+        assert not files_of(folder / name, ADAPTERS)
+    with pytest.raises(ValueError, match="sends what lies in"):
+        run(folder, "adapted", "--push_to_hub")
 
 
 # --- going on ----------------------------------------------------------------------------------------------------

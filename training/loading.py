@@ -1,6 +1,5 @@
 """The model that is trained: loaded, with its thought tokens, frozen parts and adapters. Knows no data."""
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,25 +82,35 @@ def check_folders(model_args: ModelArguments, args: TrainingArguments) -> None:
     Asks what lies where the run reads and writes, before it does either.
 
     Raises:
-        ValueError: what is to be trained is adapters, or new adapters would be saved beside their base.
+        ValueError: what is to be trained is adapters, new adapters would take the place of their base, or what is
+            pushed would be both.
     """
-    name, folder = model_args.model_name_or_path, str(args.output_dir)
+    name, folder = model_args.model_name_or_path, Path(str(args.output_dir))
     if base_of(name) is not None:
         raise ValueError(
             f"`--model_name_or_path` {name} holds adapters, which are no model to begin with. Merge them first "
             f"(`python examples/merge_lora.py --adapters {name} --output_dir MERGED`), or go on with their run by "
             "`--resume_from_checkpoint last` and the same `--output_dir`."
         )
-    if model_args.lora_rank and os.path.realpath(name) == os.path.realpath(folder):
+    is_own_checkpoint = Path(name).resolve().parent == folder.resolve() and Path(name).name != START
+    if model_args.lora_rank and (Path(name).resolve() == folder.resolve() or is_own_checkpoint):
         raise ValueError(
-            f"`--output_dir` {folder} is the base model of the adapters of `--lora_rank`, and a folder holds either. "
-            "Give another folder."
+            f"`--output_dir` {folder} is where the base model of the adapters of `--lora_rank` lies, {name}, whose "
+            "place they would take. Give another folder."
         )
     form, other = (ADAPTERS, MODEL) if model_args.lora_rank else (MODEL, ADAPTERS)
-    if args.process_index == 0 and (old := files_of(folder, other)):
+    old = [
+        path.relative_to(folder) for place in (folder, *folder.glob("checkpoint-*")) for path in files_of(place, other)
+    ]
+    if old and args.process_index == 0:
         logger.warning(
-            f"`--output_dir` {folder} holds {other} of an earlier run: {', '.join(path.name for path in old)}. They "
-            f"are removed when this run has saved {form} there. To keep them, give another folder."
+            f"`--output_dir` {folder} holds {other} of an earlier run: {', '.join(map(str, old))}. They are removed "
+            f"when this run saves {form} in their places. To keep them, give another folder."
+        )
+    if args.push_to_hub and files_of(folder, other):
+        raise ValueError(
+            f"`--push_to_hub` sends what lies in {folder}, also while the run lasts, and that is {other} of an "
+            "earlier run too. Give another folder (and, if that run was pushed, another `--hub_model_id`)."
         )
 
 

@@ -23,7 +23,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, SchedulerType, TrainOutput
 from transformers.utils import logging
 
-from ..compat import put_first, set_scheduler, world_size
+from ..compat import is_sharded, put_first, set_scheduler, world_size
 from ..curriculum import CurriculumArguments, setting
 from ..data_multicoco import StageDataset
 from ..trainer_callbacks import AnswerCallback, CurriculumCallback, StageComparisonCallback, check_devices
@@ -447,6 +447,8 @@ class StageTrainer(Trainer):
             super().save_model(str(folder), _internal_call=True)
             if has_adapters and is_writer:
                 self.model.config.save_pretrained(folder)  # peft saves the adapters only
+            if is_sharded(self.model):
+                self.accelerator.wait_for_everyone()  # each rank may have written a part
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
