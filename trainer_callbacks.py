@@ -207,6 +207,12 @@ class CurriculumCallback(TrainerCallback):
         """See [`check_resumed`]; a state that was loaded from a checkpoint says which run that is of."""
         now = identity(self.curriculum, self.datasets, args, state, model)
         known: Any = state.stateful_callbacks
+        if state.global_step and IDENTITY not in known:
+            logger.warning_once(
+                f"The checkpoint of step {state.global_step} does not tell which run it is of: an older version or "
+                "another program wrote it. What is given now is taken on trust, and some defaults have changed: "
+                f"`lr_scheduler_type` is {now['lr_scheduler_type']} and `warmup_steps` {now['warmup_steps']} now."
+            )
         check_resumed(known.get(IDENTITY), now, self.allow_changed)
 
     def on_train_end(

@@ -115,8 +115,9 @@ def measure(case: Case) -> tuple[int, MemoryEstimate]:
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         MultiCoCoForConditionalGeneration(config).save_pretrained(folder)
-        args = TrainingArguments(output_dir=folder, use_cpu=True, bf16=case.bf16, report_to="none")
-        model = load_model(ModelArguments(folder, **case.flags), args, None)
+        args = TrainingArguments(output_dir=f"{folder}/out", use_cpu=True, bf16=case.bf16, report_to="none")
+        whole = {"lora_embeddings": "whole"} if "lora_rank" in case.flags else {}  # as the formula has it
+        model = load_model(ModelArguments(folder, **case.flags, **whole), args, None)
     model.train()
     model.config.set_trained(step_loss_weight=float(case.batch.step_labels > 0))
     if case.activation_checkpointing:

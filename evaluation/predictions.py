@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ..records import DatasetImage
+from .checkpoints import base_of
 from .metric import as_written
 from .subject import Subject
 
@@ -37,14 +39,15 @@ class Ranks:
 def describe(subject: Subject, num_thoughts: int | None) -> dict[str, Any]:
     """All that the predictions depend on. Files of models and images go in by size and time, not by content."""
     arguments = subject.arguments
-    model_files = [path for pattern in MODEL_FILES for path in sorted(Path(subject.name).glob(pattern))]
+    folders = [Path(subject.name), *map(Path, filter(None, [base_of(subject.name)]))]  # adapters, and their base
+    model_files = [path for folder in folders for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))]
     digest = hashlib.sha256()
     for record in subject.records:
         images = [_describe_image(image) for image in record["images"]]
         digest.update(json.dumps({**record, "images": images}, sort_keys=True).encode())
     return {
         "model": subject.name,
-        "model_files": {path.name: _stamp(path) for path in model_files},
+        "model_files": {path.name if path.parent == folders[0] else str(path): _stamp(path) for path in model_files},
         "model_commit": getattr(subject.config, "_commit_hash", None),
         "data": arguments.data,
         "data_digest": digest.hexdigest(),
@@ -57,9 +60,12 @@ def describe(subject: Subject, num_thoughts: int | None) -> dict[str, Any]:
     }
 
 
-def _describe_image(image: str | DatasetImage) -> list[Any]:
+def _describe_image(image: str | DatasetImage | Image.Image | bytes) -> list[Any]:
     if isinstance(image, str):
         return [image, *_stamp(image)]
+    if isinstance(image, (Image.Image, bytes)):  # records from Python, which have no file
+        content = image if isinstance(image, bytes) else f"{image.mode} {image.size}".encode() + image.tobytes()
+        return [hashlib.sha256(content).hexdigest()]
     path = image.file()
     return [image.row, image.column, image.index, image.dataset._fingerprint if path is None else _stamp(path)]
 

@@ -10,6 +10,7 @@ import faulthandler
 import json
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from reference import training, widened  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import TrainerState, TrainingArguments  # noqa: E402
 from transformers.integrations import HfDeepSpeedConfig  # noqa: E402
 
 from multicoco import MultiCoCoForConditionalGeneration, MultiCoCoProcessor, add_thought_tokens  # noqa: E402
@@ -245,10 +247,11 @@ def logged(model, results):
     """The step loss that the callback logs of the training inside."""
     curriculum = CurriculumArguments(c_thought=1, step_loss_weight=model.config.step_loss_weight, epochs_stage_0=0)
     callback, logs = CurriculumCallback(curriculum), {"loss": 0.0}
-    args, state = (
-        SimpleNamespace(device=torch.device("cpu")),
-        SimpleNamespace(epoch=0, num_train_epochs=1, log_history=[{}]),
-    )
+    # The defaults of `TrainingArguments`, which itself would start a process group.
+    defaults = {item.name: item.default for item in fields(TrainingArguments)}
+    defaults |= {"remove_unused_columns": False, "device": torch.device("cpu")}
+    args = SimpleNamespace(**defaults, train_batch_size=1, world_size=dist.get_world_size())
+    state = TrainerState(epoch=0, num_train_epochs=1, log_history=[{}])
     callback.on_train_begin(args, state, None, model=model)
     yield
     callback.on_log(args, state, None, logs=logs, model=model)

@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import resource
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +19,14 @@ from multicoco import (
     diagnose,
     last_complete_checkpoint,
     load_checkpoint,
+    load_records,
     replace_checkpoint,
     score,
     train,
 )
 from multicoco.evaluation.checkpoints import ADAPTERS, MODEL, base_of, files_of
+from multicoco.evaluation.predictions import describe
+from multicoco.evaluation.subject import AskArguments, Subject
 from multicoco.training.arguments import ModelArguments
 from multicoco.training.loading import find_kind
 
@@ -296,6 +301,18 @@ def test_adapters_are_scored_diagnosed_and_talked_to_like_the_merged_model(folde
         talk = chat.main(["--model", str(folder / name), "--max_new_tokens", "3"])
         found[name] = [line["text"] for line in lines], report["experiments"], talk
     assert found["adapted"] == found["merged"]
+
+
+def test_predictions_of_adapters_are_stale_when_their_base_is_another(folder, adapted):
+    out = copy(folder, "adapted", "stale")
+    base = Path(base_of(out)) / "model.safetensors"
+    arguments = AskArguments(data=str(folder / "mine.jsonl"))
+    subject = Subject(str(out), load_records(folder / "mine.jsonl"), arguments, torch.device("cpu"))
+    before, times = describe(subject, None), base.stat()
+    os.utime(base, (1, 1))
+    assert describe(subject, None) != before
+    os.utime(base, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert describe(subject, None) == before
 
 
 def name_start_as_base(out):

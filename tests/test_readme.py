@@ -96,6 +96,8 @@ def test_commands_are_right(line, monkeypatch):
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(arguments, "_prepare_deepspeed_on_cpu", list)  # would start a process group
         flags = [word for place, word in enumerate(flags) if "--deepspeed" not in flags[max(0, place - 1) : place + 1]]
+        if "--load_in_4bit" in flags:
+            pytest.importorskip("bitsandbytes", reason="--load_in_4bit needs the package bitsandbytes")
         _, _, curriculum, args, _ = parse(None, flags)
         assert args.num_train_epochs >= 1
         assert curriculum.num_epochs >= 1

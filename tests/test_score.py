@@ -257,6 +257,23 @@ def test_another_picture_of_a_data_set_starts_anew(folder, tmp_path, as_file):
     assert path("red") != path("blue")
 
 
+def test_pictures_from_python_are_told_apart(folder, tmp_path):
+    def path(image):
+        record = {"id": "1", "question": "q", "answer": "a", "steps": ["s"], "images": [image]}
+        arguments = ScoreArguments(model=[str(folder / "silent")], data="pictures")
+        subject = Subject(str(folder / "silent"), load_records([record]), arguments, torch.device("cpu"))
+        return predictions_path(tmp_path, describe(subject, None))
+
+    def png(colour):
+        content = io.BytesIO()
+        Image.new("RGB", (28, 28), colour).save(content, "PNG")
+        return content.getvalue()
+
+    images = [Image.new("RGB", (28, 28), "red"), Image.new("RGB", (28, 28), "blue"), png("red"), png("blue")]
+    assert len({path(image) for image in images}) == 4
+    assert path(Image.new("RGB", (28, 28), "red")) == path(images[0])
+
+
 # --- two ranks -----------------------------------------------------------------------------------------------------
 
 

@@ -489,7 +489,7 @@ def test_modes_are_trained_alike():
         settings[name] = yaml.safe_load((RECIPE / f"{name}.yaml").read_text(encoding="utf-8"))
         assert settings[name].pop("mode") == name.replace("plain", "coconut")
         assert settings[name].pop("output_dir") == f"out/trails-{name}"
-        assert settings[name].pop("step_loss_weight") == (1 if name == "coconut" else 0)
+        assert settings[name].pop("step_loss_weight") == (2 if name == "coconut" else 0)
     assert settings["coconut"]["draw_surplus"]
     assert settings["coconut"]["max_latent_stage"] > 5  # a surplus thought for the longest trail, too
     assert all(values == settings["coconut"] for values in settings.values())

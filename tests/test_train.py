@@ -319,6 +319,23 @@ def test_rates_start_again_where_stages_begin_however_steps_are_counted(folder):
     assert [step for step in range(1, len(rates)) if rates[step] > rates[step - 1]] == [8, 12]
 
 
+def test_rates_follow_the_stages_of_a_batch_size_that_was_found(folder, monkeypatch):
+    """Batches of 8 do not fit, as it seems; accelerate tries 7: 4 steps an epoch, not 3."""
+    begun = []
+
+    def runs_out_of_memory(self, args, state, control, **kwargs):
+        begun.append(state.global_step)
+        if len(begun) == 1:
+            raise RuntimeError("CUDA out of memory.")
+
+    monkeypatch.setattr(train.CompletionCallback, "on_step_begin", runs_out_of_memory)
+    out = run_here(folder, "found", "--auto_find_batch_size", "--answer_every", "end")
+    rates = [entry["learning_rate"] for entry in history(out)]
+    assert starts_of_stages(history(out)) == [8, 12]
+    assert [step for step in range(1, len(rates)) if rates[step] > rates[step - 1]] == [8, 12]
+    assert json.loads((out / "settings.json").read_text())["global_batch_size"] == 7
+
+
 def test_the_last_stage_has_one_cosine_however_long_it_is(folder):
     log = history(run_here(folder, "longer", "--num_train_epochs", 6, "--answer_every", "end"))
     rates = [entry["learning_rate"] for entry in log]

@@ -124,7 +124,9 @@ def write_settings(given: Settings, trainer: StageTrainer) -> None:
         "samples": len(trainer.train_dataset),
         "epochs": state.epoch,
         "optimizer_steps": state.global_step,
-        "global_batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        "global_batch_size": (state.train_batch_size or args.train_batch_size)  # found, if it was to be found
+        * args.world_size
+        * args.gradient_accumulation_steps,
         "hub_model_id": trainer.hub_model_id,
     }
     (Path(str(args.output_dir)) / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
