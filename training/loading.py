@@ -92,8 +92,9 @@ def check_folders(model_args: ModelArguments, args: TrainingArguments) -> None:
             f"(`python examples/merge_lora.py --adapters {name} --output_dir MERGED`), or go on with their run by "
             "`--resume_from_checkpoint last` and the same `--output_dir`."
         )
-    is_own_checkpoint = Path(name).resolve().parent == folder.resolve() and Path(name).name != START
-    if model_args.lora_rank and (Path(name).resolve() == folder.resolve() or is_own_checkpoint):
+    base = Path(name).resolve()
+    is_own_checkpoint = base.parent == folder.resolve() and base.name.startswith("checkpoint-")
+    if model_args.lora_rank and (base == folder.resolve() or is_own_checkpoint):
         raise ValueError(
             f"`--output_dir` {folder} is where the base model of the adapters of `--lora_rank` lies, {name}, whose "
             "place they would take. Give another folder."
