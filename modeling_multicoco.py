@@ -449,7 +449,7 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
             image_flags=image_flags,
             num_patches_list=num_patches_list,
             latent_mask=latent_mask,
-            use_cache=self.cache_beside(labels, use_cache, past_key_values),
+            use_cache=self.cache_beside(labels, past_key_values, use_cache=use_cache),
             return_thoughts=return_thoughts,
             edit_thoughts=edit_thoughts,
             answer_sees=answer_sees,

@@ -109,7 +109,7 @@ class StepDecoding:
     lm_head: Any
     generate: Any
 
-    def cache_beside(self, labels: Any, use_cache: bool | None, past_key_values: Any) -> bool | None:
+    def cache_beside(self, labels: Any, past_key_values: Any, *, use_cache: bool | None) -> bool | None:
         """
         What `use_cache` is taken for: nobody goes on from a forward with labels, unless that is asked for, here or in
         the configuration, where `Trainer` writes its own.

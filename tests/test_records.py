@@ -19,7 +19,7 @@ import test_data
 import torch
 import torch.distributed as dist
 from conftest import CHECKPOINT
-from datasets import Dataset, Features, List, load_from_disk
+from datasets import Dataset, Features, IterableDatasetDict, List, load_from_disk
 from datasets import Image as ImageFeature
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -239,7 +239,11 @@ def test_of_rationales_other_steps_are_refused():
 
 WRONG_SOURCES = {
     "a_mapping": ({"id": 1}, "is a dict, expected files"),
-    "a_stream": (Dataset.from_list([BARE]).to_iterable_dataset(), "without `streaming`"),
+    "a_stream": (Dataset.from_list([BARE]).to_iterable_dataset(), "is a IterableDataset, .*without `streaming`"),
+    "streams_by_split": (
+        IterableDatasetDict({"train": Dataset.from_list([BARE]).to_iterable_dataset()}),
+        "is a IterableDatasetDict, .*without `streaming`",
+    ),
     "a_number": (3, "is a int, expected"),
     "nothing": ([], "no usable record"),
     "a_transform": (Dataset.from_list([BARE]).with_transform(lambda rows: rows), "transform of its own.*`map`"),
