@@ -299,7 +299,7 @@ def test_what_would_be_ignored_is_refused_before_anything_is_read(tmp_path, word
 
 
 def test_a_run_that_would_end_before_its_first_evaluation_is_refused(make):
-    with pytest.raises(ValueError, match="`--eval_delay` is 5.*ends after 4"):
+    with pytest.raises(ValueError, match="`--eval_delay` is 5.*ends after 4 epochs"):
         make([], eval_strategy="epoch", eval_delay=5).train()
 
 
