@@ -1,4 +1,4 @@
-"""What multicoco adds to the stock `Trainer`: the curriculum, answers generated while training, safe checkpoints.
+"""What multicoco adds to the stock `Trainer`: curriculum, answers while training, comparisons by stage, checkpoints.
 
     Trainer(model, args, train_dataset=dataset, data_collator=ReasoningCollator(processor),
             callbacks=[CurriculumCallback(curriculum, dataset)])          # args.remove_unused_columns=False
@@ -648,11 +648,12 @@ class StageComparisonCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """As at the beginning of an epoch, before which a run may evaluate; refuses a run that never would."""
-        last = state.num_train_epochs if args.eval_strategy == "epoch" else state.max_steps
+        by_epoch = args.eval_strategy == "epoch"
+        last, unit = (state.num_train_epochs, "epochs") if by_epoch else (state.max_steps, "steps")
         if args.eval_strategy != "no" and args.eval_delay > last:
             raise ValueError(
-                f"`--eval_delay` is {args.eval_delay}, but the run ends after {last} ({args.eval_strategy}), so that "
-                "nothing would be evaluated. Lower it, or leave out `--eval_strategy`."
+                f"`--eval_delay` is {args.eval_delay}, but the run ends after {last} {unit}, so that nothing would be "
+                "evaluated. Lower it, or leave out `--eval_strategy`."
             )
         self.on_epoch_begin(args, state, control, **kwargs)
 

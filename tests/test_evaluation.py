@@ -18,6 +18,7 @@ from transformers import (
     LogitsProcessorList,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -36,7 +37,7 @@ from multicoco import (
 from multicoco.curriculum import written_tokens
 from multicoco.evaluation.subject import AskArguments, Subject
 from multicoco.recipes.trails.prepare import prepare
-from multicoco.trainer_callbacks import last_complete_checkpoint
+from multicoco.trainer_callbacks import StageComparisonCallback, last_complete_checkpoint
 from multicoco.training.results import answers_of, results_table
 from multicoco.training.trainer import StageTrainer
 
@@ -86,14 +87,15 @@ def arguments(tmp_path, **settings):
 def make(start, records, processor, tmp_path):
     """A `StageTrainer` whose k-th evaluation has `right[k]` right answers."""
 
-    def make(right, callbacks=(), rules=None, **settings):
+    def make(right, callbacks=(), rules=None, optimizer=None, **settings):
         curriculum = CurriculumArguments(**RULES | (rules or {}))
         dataset = StageDataset(records["train"], processor, curriculum)
         asked = StageDataset(records["val"], processor, curriculum, is_evaluated=True)
-        collator, judged = ReasoningCollator(processor), []
+        collator, judged, is_averaged = ReasoningCollator(processor), [], []
 
         def is_correct(tokens, index):
             judged.append(index)
+            is_averaged.append(getattr(optimizer, "is_averaged", None))
             return index < right[(len(judged) - 1) // NUM_ASKED]
 
         short = {"max_new_tokens": 1}
@@ -106,8 +108,9 @@ def make(start, records, processor, tmp_path):
             asked,
             curriculum=curriculum,
             callbacks=[CurriculumCallback(curriculum, dataset), answer, *callbacks],
+            optimizers=(optimizer, None),
         )
-        trainer.judged = judged
+        trainer.judged, trainer.is_averaged = judged, is_averaged
         return trainer
 
     return make
@@ -152,11 +155,30 @@ def test_an_evaluation_has_loss_and_answers_of_its_stage(make, records, processo
     assert trainer.judged == [*range(NUM_ASKED)] * 5
     assert [row["eval/accuracy"] for row in answers_of(trainer.state.log_history)] == [1, 2 / 3, 0, 1 / 3]
 
-    trainer.judged.clear()
-    assert trainer.evaluate()["eval_accuracy"] == 1 / 3  # other weights may be there: asked again
-    assert trainer.judged == [*range(NUM_ASKED)]
+    for _ in range(2):  # other weights may be there: asked again
+        trainer.judged.clear()
+        assert trainer.evaluate()["eval_accuracy"] == 1 / 3
+        assert trainer.judged == [*range(NUM_ASKED)]
     assert "eval_accuracy" not in trainer.evaluate(trainer.train_dataset)
     assert trainer.train_dataset.epoch == 3
+
+
+class Averaging(torch.optim.SGD):
+    """In the manner of schedule-free ones, which train other weights than they give."""
+
+    is_averaged = False
+
+    def train(self):
+        self.is_averaged = False
+
+    def eval(self):
+        self.is_averaged = True
+
+
+def test_answers_are_of_the_weights_that_an_optimizer_gives(make, start):
+    trainer = make([0], optimizer=Averaging(start.parameters(), lr=1e-3), max_steps=1)
+    trainer.train()
+    assert trainer.is_averaged == [True] * NUM_ASKED
 
 
 BEST = {
@@ -176,8 +198,9 @@ def test_the_best_model_is_that_of_the_last_stage(make, tmp_path):
     assert (trainer.state.best_metric, trainer.state.best_global_step) == (2 / 3, 3)
     saved, kept = load_file(out / "checkpoint-3" / "model.safetensors"), trainer.model.state_dict()
     assert all(torch.equal(value, kept[name]) for name, value in saved.items())
-    last = answers_of(trainer.state.log_history)[-1]  # which the card tells
+    *rows, last = answers_of(trainer.state.log_history)  # the last is what the card tells
     assert (last["eval/accuracy"], last["eval/best_step"], last["eval/stage"]) == (2 / 3, 3, 1)
+    assert {name for name in rows[-1] if name.startswith("eval/")} == last.keys() - {"eval/best_step", "step", "epoch"}
     assert results_table(trainer.state.log_history).splitlines()[-1].split()[-2:] == ["step", "3"]
 
     trainer = make([1, 0, 0], rules=rules, **BEST)
@@ -187,17 +210,18 @@ def test_the_best_model_is_that_of_the_last_stage(make, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "kwargs", "expected"),
-    [("reduce_lr_on_plateau", {}, 0.5), ("greedy", {"min_lr": 1e-7}, 2**3 * 0.5)],
+    [("reduce_lr_on_plateau", {}, 0.5), ("greedy", {"min_lr": 1e-7}, 2**4 * 0.5)],
     ids=["reduce_lr_on_plateau", "greedy"],
 )
 def test_a_rate_that_follows_evaluations_compares_within_a_stage(make, kind, kwargs, expected):
     """
-    A rise is better, a fall from one stage to the next is nothing: of four evaluations the last alone is bad. One that
+    A rise is better, a fall from one stage to the next is nothing: of five evaluations the last alone is bad. One that
     is bad halves the rate; one that is good doubles it if it is `greedy`.
     """
     kwargs = {"factor": 0.5, "patience": 0, **kwargs}
     trainer = make(
-        [2, 3, 1, 0],
+        [2, 3, 1, 2, 0],
+        rules={"epochs_per_stage": 3},
         eval_strategy="epoch",
         lr_scheduler_type=kind,
         lr_scheduler_kwargs=kwargs,
@@ -214,6 +238,14 @@ def test_a_run_is_stopped_in_its_last_stage_only(make):
     trainer.train()
     assert [entry["eval_stage"] for entry in evaluations(trainer)] == [0, 0, 1, 1]
     assert trainer.state.global_step == 4 < trainer.state.max_steps
+
+
+@pytest.mark.parametrize(("epoch", "expected"), [(0, 1.0), (1, 1.0), (2, None), (2.5, 1.0), (3, 1.0)])
+def test_a_run_that_begins_with_a_stage_begins_without_a_best(tmp_path, epoch, expected):
+    """`eval_on_start` comes before the first epoch: early stopping would compare with another stage."""
+    state = TrainerState(epoch=epoch, best_metric=1.0, max_steps=4)
+    StageComparisonCallback(CurriculumArguments(**RULES)).on_train_begin(arguments(tmp_path), state, None)
+    assert state.best_metric == expected
 
 
 WITH_EVALUATION = ["--eval_file", "no.jsonl", "--eval_strategy", "epoch"]
@@ -267,7 +299,7 @@ def test_what_would_be_ignored_is_refused_before_anything_is_read(tmp_path, word
 
 
 def test_a_run_that_would_end_before_its_first_evaluation_is_refused(make):
-    with pytest.raises(ValueError, match="`--eval_delay` is 5.*ends after 4"):
+    with pytest.raises(ValueError, match="`--eval_delay` is 5.*ends after 4 epochs"):
         make([], eval_strategy="epoch", eval_delay=5).train()
 
 

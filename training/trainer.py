@@ -425,8 +425,8 @@ class StageTrainer(Trainer):
         rows = [entry for entry in history if f"{ANSWERS}accuracy" in entry]
         best = [entry for entry in history if entry["step"] == step and "eval_accuracy" in entry]
         if best and rows and rows[-1]["step"] != step:
-            names = {name: f"eval_{name.removeprefix(ANSWERS)}" for name in rows[-1]}
-            answers = {name: best[-1][logged] for name, logged in names.items() if logged in best[-1]}
+            names = {name: f"eval_{name.removeprefix(ANSWERS)}" for name in rows[-1] if name.startswith(ANSWERS)}
+            answers = {name: best[-1][logged] for name, logged in names.items()}
             self.log({**answers, f"{ANSWERS}best_step": cast(int, step)})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
