@@ -435,7 +435,8 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
                 padding or before an image; checkpointing that would give wrong gradients.
         """
         tokens = tokens_of(input_ids, inputs_embeds)
-        targets = self.read_targets(labels, step_ids, tokens, latent_mask, logits_to_keep, smoothing, **kwargs)
+        where = {"position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
+        targets = self.read_targets(labels, step_ids, tokens, latent_mask, logits_to_keep, smoothing, **where)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -476,7 +477,7 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
             loss = self.word_loss(hidden_states, targets, **kwargs)
         if targets is not None and targets.texts is not None:
             sums = self.step_loss(outputs.states, hidden_states, targets.texts, targets.smoothing)
-            step_loss = sums / targets.num_items
+            step_loss = targets.mean(sums.to(loss.device))
             loss = loss + self.config.step_loss_weight * step_loss
         are_asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0
         if targets is None or are_asked or not (self.training or only_loss_is_read()):
