@@ -475,10 +475,10 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
         loss = logits = step_loss = None
         if targets is not None:
             loss = self.word_loss(hidden_states, targets, **kwargs)
-        if targets is not None and targets.texts is not None:
-            sums = self.step_loss(outputs.states, hidden_states, targets.texts, targets.smoothing)
-            step_loss = targets.mean(sums.to(loss.device))
-            loss = loss + self.config.step_loss_weight * step_loss
+            if targets.texts is not None:
+                sums = self.step_loss(outputs.states, hidden_states, targets.texts, targets.smoothing)
+                step_loss = targets.mean(sums.to(loss.device))
+                loss = loss + self.config.step_loss_weight * step_loss
         are_asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0
         if targets is None or are_asked or not (self.training or only_loss_is_read()):
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
