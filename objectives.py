@@ -8,7 +8,7 @@ answer. Beside the words after its thoughts, a sample must write these texts, ea
 
 The idea is SIM-CoT's (arXiv 2509.20317), without its second model, and with the answer for surplus thoughts.
 
-Knows a language model, embeddings and a head as functions; no images, no text, no passes.
+Knows a language model, embeddings and a head as functions; no images, no text; of the passes only packed rows.
 
 Shapes: B batch, T tokens, D hidden size, n thoughts, G groups, L tokens of the longest text, M texts of a batch.
 """
