@@ -431,8 +431,7 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
             smoothing (`float`, defaults to 0): The share of each target that all tokens have in equal parts.
 
         Raises:
-            ValueError: tiles and `<IMG_CONTEXT>` tokens do not match; a thought without a state before it, in the
-                padding or before an image; checkpointing that would give wrong gradients.
+            ValueError: tiles and `<IMG_CONTEXT>` tokens do not match; a misplaced thought; wrong gradients to come.
         """
         tokens = tokens_of(input_ids, inputs_embeds)
         where = {"position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
