@@ -431,11 +431,11 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
             smoothing (`float`, defaults to 0): The share of each target that all tokens have in equal parts.
 
         Raises:
-            ValueError: tiles and `<IMG_CONTEXT>` tokens do not match; a thought without a state before it, in the
-                padding or before an image; checkpointing that would give wrong gradients.
+            ValueError: tiles and `<IMG_CONTEXT>` tokens do not match; a misplaced thought; wrong gradients to come.
         """
         tokens = tokens_of(input_ids, inputs_embeds)
-        targets = self.read_targets(labels, step_ids, tokens, latent_mask, logits_to_keep, smoothing, **kwargs)
+        where = {"position_ids": position_ids, "attention_mask": attention_mask, **kwargs}
+        targets = self.read_targets(labels, step_ids, tokens, latent_mask, logits_to_keep, smoothing, **where)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -474,10 +474,10 @@ class MultiCoCoForConditionalGeneration(StepDecoding, InternVLChatModel):
         loss = logits = step_loss = None
         if targets is not None:
             loss = self.word_loss(hidden_states, targets, **kwargs)
-        if targets is not None and targets.texts is not None:
-            sums = self.step_loss(outputs.states, hidden_states, targets.texts, targets.smoothing)
-            step_loss = sums / targets.num_items
-            loss = loss + self.config.step_loss_weight * step_loss
+            if targets.texts is not None:
+                sums = self.step_loss(outputs.states, hidden_states, targets.texts, targets.smoothing)
+                step_loss = targets.mean(sums.to(loss.device))
+                loss = loss + self.config.step_loss_weight * step_loss
         are_asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0
         if targets is None or are_asked or not (self.training or only_loss_is_read()):
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))

@@ -8,7 +8,7 @@ answer. Beside the words after its thoughts, a sample must write these texts, ea
 
 The idea is SIM-CoT's (arXiv 2509.20317), without its second model, and with the answer for surplus thoughts.
 
-Knows a language model, embeddings and a head as functions; no images, no text, no passes.
+Knows a language model, embeddings and a head as functions; no images, no text; of the passes only packed rows.
 
 Shapes: B batch, T tokens, D hidden size, n thoughts, G groups, L tokens of the longest text, M texts of a batch.
 """
@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from .compat import is_sharded
 from .modeling_internvl_chat import check_shapes
+from .passes import packed_samples
 
 
 IGNORED = -100
@@ -82,6 +83,10 @@ class Targets:
     num_items: Any  # what sums of losses are divided by
     smoothing: float
 
+    def mean(self, total: torch.Tensor) -> torch.Tensor:
+        """A sum of losses over all labels; of a model on several devices their number may be on another one."""
+        return total / (self.num_items.to(total.device) if torch.is_tensor(self.num_items) else self.num_items)
+
 
 def states_before(hidden_states: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor | None:
     """
@@ -126,6 +131,8 @@ class StepDecoding:
         logits_to_keep: int | torch.Tensor,
         smoothing: float = 0.0,
         num_items_in_batch: Any = None,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Targets | None:
         """
@@ -139,9 +146,10 @@ class StepDecoding:
             logits_to_keep (`int` or `torch.LongTensor`): The positions that labels of another length belong to.
             smoothing (`float`, defaults to 0): The share of each target that all tokens have in equal parts.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): Labels of the whole optimizer step.
+            position_ids, attention_mask (`torch.Tensor`, *optional*): As in `forward`; they tell packed rows.
 
         Raises:
-            ValueError: no label at all; see also `read_step_ids`.
+            ValueError: no label at all, or texts of packed rows; see also `read_step_ids`.
         """
         if labels is None:
             if step_ids is not None:
@@ -157,6 +165,12 @@ class StepDecoding:
         latent_id = -1 if self.config.latent_token_id is None else self.config.latent_token_id
         latents = tokens == latent_id if latent_mask is None else latent_mask
         texts = None if step_ids is None else self.read_step_ids(step_ids, rows, latents)
+        if texts is not None and position_ids is not None:
+            if packed_samples(position_ids, attention_mask, tokens) is not None:
+                raise ValueError(
+                    "`step_ids` cannot be used with packed rows: groups and shares of the loss are those of a row, "
+                    "not of its samples. Pad instead."
+                )
         num_items = len(rows) if num_items_in_batch is None else num_items_in_batch
         return Targets(labels, rows, positions, texts, num_items, smoothing)
 
@@ -193,6 +207,7 @@ class StepDecoding:
         num_labels = torch.bincount(labelled_rows, minlength=len(ids))  # (B,)
         for wrong, reason in (
             ((groups + 1) * c_thought > num_thoughts[rows], "more groups than it has thoughts for"),
+            (num_thoughts[rows] // c_thought > ids.shape[1], "fewer groups than its thoughts are"),
             (num_labels[rows] == 0, "texts but no label, so that they would count nothing"),
         ):
             if wrong.any():
@@ -223,7 +238,7 @@ class StepDecoding:
             return self.loss_function(logits=logits, labels=None, shift_labels=labels, vocab_size=vocab_size, **kwargs)
         logits, smoothing = _widened(logits), targets.smoothing
         labels = labels.to(logits.device)
-        return cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing) / targets.num_items
+        return targets.mean(cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing))
 
     def step_loss(
         self,
@@ -259,7 +274,9 @@ class StepDecoding:
         return (losses * texts.shares[rows].to(losses)).sum()
 
     @torch.no_grad()
-    def read_thoughts(self, thoughts: torch.Tensor, *, max_new_tokens: int = 64, **kwargs: Any) -> torch.Tensor:
+    def read_thoughts(
+        self, thoughts: torch.Tensor | None, *, max_new_tokens: int | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         """
         What thoughts stand for, in words: each group of `config.c_thought` is given alone to the language model, which
         was trained to write the step, or the answer, that it stands for (`step_loss_weight`). Readable is not used:
@@ -268,7 +285,7 @@ class StepDecoding:
         Args:
             thoughts (`torch.FloatTensor` of shape `(batch_size, num_thoughts, hidden_size)`): Such as `generate(...,
                 return_thoughts=True)` returns. Groups of zeros, behind the last thought of a row, are read as nothing.
-            max_new_tokens (`int`, defaults to 64): Of the longest text.
+            max_new_tokens (`int`, *optional*): Of the longest text; that of a `generation_config` given here, else 64.
             kwargs: Any argument of [`~transformers.GenerationMixin.generate`] with which it returns token ids.
 
         Returns:
@@ -282,6 +299,11 @@ class StepDecoding:
             raise ValueError(
                 "`config.step_loss_weight` is 0: the thoughts of this checkpoint were not trained to be read. Train "
                 "with `--step_loss_weight 1`."
+            )
+        if thoughts is None:  # as `generate` returns them of such prompts
+            raise ValueError(
+                "`thoughts` is None: the prompts had no thoughts to read. Ask with `num_thoughts`, at least "
+                f"`config.c_thought` {c_thought}."
             )
         if thoughts.dim() != 3 or thoughts.shape[1] % c_thought or kwargs.get("return_dict_in_generate"):
             raise ValueError(
@@ -298,13 +320,17 @@ class StepDecoding:
             )
         groups = self._groups(thoughts).flatten(0, 1)  # (B * groups, c_thought, D)
         is_read = groups.flatten(1).any(dim=1)
-        settings = vars(kwargs.get("generation_config") or self.generation_config) | kwargs
+        given = kwargs.get("generation_config")
+        chosen = {name: value for name, value in vars(given or self.generation_config).items() if value is not None}
+        settings = vars(self.generation_config) | chosen | kwargs  # what is left open is the checkpoint's
         if not is_read.any():
             num_texts = thoughts.shape[1] // c_thought * (settings.get("num_return_sequences") or 1)
             return thoughts.new_empty(len(thoughts), num_texts, 0, dtype=torch.long)
         embeds = groups[is_read].to(self.model.get_input_embeddings().weight)
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         inputs = {"inputs_embeds": embeds, "attention_mask": mask, "latent_mask": mask == 0}
+        if max_new_tokens is None:
+            max_new_tokens = (given and given.max_new_tokens) or 64
         kwargs |= inputs | {"max_new_tokens": max_new_tokens, "return_dict_in_generate": False}
         written = self.generate(**kwargs).unflatten(0, (len(embeds), -1))  # (groups, sequences, length)
         fill = settings.get("pad_token_id")

@@ -233,12 +233,19 @@ class CurriculumCallback(TrainerCallback):
         self._hook = self._totals = None
 
     def _count_step_loss(self, model: Any, inputs: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not model.training or output.get("step_loss") is None:
+        if not model.training or kwargs.get("labels") is None:
             return
-        num_labels = (kwargs["labels"][:, 1:] != -100).sum(dim=1)  # (B,)
-        has_texts = (kwargs["step_ids"] != -100).flatten(1).any(dim=1)  # (B,): only these have a part in the loss
+        if kwargs.get("step_ids") is None:
+            raise ValueError(
+                f"A batch has no `step_ids`, but `--step_loss_weight` is {self.curriculum.step_loss_weight}: without "
+                "them there is no step loss. Collate by `ReasoningCollator`, or leave the flag out."
+            )
+        device = output.step_loss.device  # of a model on several devices not that of the labels
+        num_labels = (kwargs["labels"][:, 1:] != -100).sum(dim=1).to(device)  # (B,)
+        has_texts = (kwargs["step_ids"] != -100).flatten(1).any(dim=1).to(device)  # (B,): only these have a part in it
         divisor = kwargs.get("num_items_in_batch")
-        total = output.step_loss.detach() * (num_labels.sum() if divisor is None else divisor)
+        count = num_labels.sum() if divisor is None else torch.as_tensor(divisor, device=device)
+        total = output.step_loss.detach() * count
         totals = torch.stack([total, (num_labels * has_texts).sum()]).to(_widest_float(total.device))
         self._totals = totals if self._totals is None else self._totals + totals
 

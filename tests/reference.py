@@ -109,6 +109,19 @@ def reference_loss(model, batch, edit_thoughts=None):
     return total / count
 
 
+def reference_text_losses(model, thoughts, texts):
+    """Of one sample's thoughts, a list of (D,), the negative log-likelihood of each token of its groups' texts."""
+    embed, c_thought, losses = model.get_input_embeddings(), model.config.c_thought, []
+    for group, text in enumerate(texts):
+        group = thoughts[group * c_thought : (group + 1) * c_thought]
+        text = torch.tensor([token for token in text if token != -100], dtype=torch.long)
+        for place, token in enumerate(text.tolist()):
+            prefix = torch.stack([*group, *embed(text[:place])])[None]
+            hidden = model.model.language_model(inputs_embeds=prefix, use_cache=False).last_hidden_state[0, -1]
+            losses.append(-model.lm_head(hidden).log_softmax(dim=-1)[token])
+    return losses
+
+
 def reference_step_losses(model, batch):
     """
     The loss with `batch["step_ids"]`, and its part that is not of the words: sum of n (words + weight * steps) over
@@ -116,20 +129,12 @@ def reference_step_losses(model, batch):
     its texts, each of which is written after its group of thoughts alone.
     """
     words, steps, count = 0.0, 0.0, 0
-    embed, c_thought = model.get_input_embeddings(), model.config.c_thought
     for row, texts in zip(split_rows(batch), batch["step_ids"].tolist(), strict=True):
         logits, thoughts = reference_logits(model, row["input_ids"], row["pixel_values"])
         logprobs = logits.log_softmax(dim=-1)
         labels = [(place, label) for place, label in enumerate(row["labels"].tolist()) if place and label != -100]
         words = words - sum(logprobs[place - 1, label] for place, label in labels)
-        losses = []
-        for group, text in enumerate(texts):
-            group = thoughts[group * c_thought : (group + 1) * c_thought]
-            text = torch.tensor([token for token in text if token != -100], dtype=torch.long)
-            for place, token in enumerate(text.tolist()):
-                prefix = torch.stack([*group, *embed(text[:place])])[None]
-                hidden = model.model.language_model(inputs_embeds=prefix, use_cache=False).last_hidden_state[0, -1]
-                losses.append(-model.lm_head(hidden).log_softmax(dim=-1)[token])
+        losses = reference_text_losses(model, thoughts, texts)
         steps = steps + (len(labels) * sum(losses) / len(losses) if losses else 0.0)
         count += len(labels)
     return (words + model.config.step_loss_weight * steps) / count, steps / count

@@ -291,6 +291,9 @@ def test_after_an_interrupted_run_the_log_is_of_the_new_one(data, trails_start, 
     state.log_history = [logs]
     callback.on_log(arguments, state, None, logs=logs, model=model)
     assert logs["step_loss"] == pytest.approx(losses[1]) != pytest.approx(losses[0])
+    del batch["step_ids"]  # as a collator of one's own may
+    with pytest.raises(ValueError, match="no `step_ids`, but `--step_loss_weight` is 1.0.*`ReasoningCollator`"):
+        model(**batch)
     callback.on_train_end(arguments, state, None, model=model)
     assert not any(model._forward_hooks for model in models)
 

@@ -86,7 +86,7 @@ TEXTS = {
     "no_thought_on_one_rank": (((2, 2), (1, 0, 3)), ((),)),
     "more_passes_where_no_image_is": (((), ()), ((1, 3), (2, 1, 1, 2))),
     "in_sweeps": (((1,), ()), ((1, 3), (2, 1, 1, 2))),
-    "no_label_on_one_rank": (((2,), (3,)), ((),)),
+    "no_label_on_one_rank": (((2, 0), (3,)), ((),)),
     "no_thought_anywhere": (((), ()), ((),)),
 }
 WEIGHT = 0.7  # of the step loss

@@ -13,14 +13,17 @@ from reference import (
     reference_continuation,
     reference_loss,
     reference_step_losses,
+    split_rows,
     training,
     widened,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GenerationConfig, Trainer, TrainingArguments
 
 from multicoco.configuration_multicoco import CONTROL_FEEDBACK, FEEDBACKS
 from multicoco.curriculum import CurriculumArguments, draw_rationale
 from multicoco.data_multicoco import ReasoningCollator, StageDataset
+from multicoco.objectives import Targets
 from multicoco.records import load_records
 
 
@@ -75,6 +78,7 @@ def test_what_is_decoded_is_the_thought_or_in_a_control_what_it_would_have_been(
     batch = add_texts(make_batch(**{**drawn, "num_thoughts": (4, 0, 2)}), ((2, 3), (), (4,)))
     assert_is_the_definition(prepare(model, 2, feedback), batch)
     if feedback in CONTROL_FEEDBACK.values():  # nothing of it reaches the words
+        batch["step_ids"] = torch.nn.functional.pad(batch["step_ids"], (0, 0, 0, 2), value=-100)  # groups of one, too
         with torch.no_grad():
             logits = [prepare(model, c, feedback)(**model_inputs(batch)).logits for c in (1, 2)]
             without = model(**{name: value for name, value in model_inputs(batch).items() if name != "step_ids"})
@@ -120,6 +124,14 @@ def test_of_accumulated_batches_the_sum_is_the_whole(model, make_batch):
         )
     torch.testing.assert_close(losses, whole, atol=1e-11, rtol=0)
     assert_same_grads(accumulated, grads)
+
+
+def test_the_number_of_labels_may_be_on_another_device():
+    """`Trainer` counts where the inputs are; the last layers of a model on several devices, and its loss, are not."""
+    with FakeTensorMode():
+        total, count = torch.ones((), device="cuda:1"), torch.ones((), device="cuda:0")
+        targets = Targets(labels=total, rows=total, positions=total, texts=None, num_items=count, smoothing=0.0)
+        assert targets.mean(total).device == total.device
 
 
 def test_in_bfloat16_it_trains(model, make_batch):
@@ -278,6 +290,7 @@ def test_texts_that_would_be_lost_are_refused(
 
 ROWS = {
     "more_groups": (dict(lengths=((1, 1), (1, 1))), "Sample 1: `step_ids` has more groups.*2 texts, 1 thoughts"),
+    "fewer_groups": (dict(lengths=((1,), (1,))), "Sample 0: `step_ids` has fewer groups.*1 texts, 2 thoughts"),
     "no_label": (dict(answer_lengths=(2, 0)), "Sample 1: `step_ids` has texts but no label.*0 labels"),
 }
 
@@ -288,6 +301,21 @@ def test_texts_without_their_thoughts_or_labels_are_refused(shared_model, make_b
     monkeypatch.setattr(shared_model.config, "c_thought", 1)
     with pytest.raises(ValueError, match=message):
         shared_model(**model_inputs(two_rows(make_batch, **drawn)))
+
+
+def test_texts_of_packed_rows_are_refused(shared_model, make_batch, monkeypatch):
+    """The share of a text in the loss was that of its row, not that of its sample."""
+    monkeypatch.setattr(shared_model.config, "step_loss_weight", 1.0)
+    monkeypatch.setattr(shared_model.config, "c_thought", 1)
+    batch = two_rows(make_batch)
+    rows = split_rows(batch)
+    inputs = {name: torch.cat([row[name] for row in rows])[None] for name in ("input_ids", "labels")}
+    inputs["step_ids"] = batch["step_ids"].flatten(0, 1)[None]
+    starts_again = torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None]
+    with pytest.raises(ValueError, match="`step_ids` cannot be used with packed rows.*Pad instead"):
+        shared_model(**inputs, position_ids=starts_again)
+    with torch.no_grad():
+        assert shared_model(**inputs, position_ids=torch.arange(starts_again.shape[1])[None]).step_loss > 0
 
 
 @pytest.mark.parametrize("value", [-100, -1], ids=["gap", "no_token"])
@@ -376,6 +404,8 @@ def test_thoughts_that_cannot_be_read_are_refused(model, thoughts):
     with pytest.raises(ValueError, match="`config.step_loss_weight` is 0: the thoughts.*were not trained"):
         model.read_thoughts(thoughts)
     prepare(model, 3)
+    with pytest.raises(ValueError, match="`thoughts` is None: the prompts had no thoughts.*at least .* 3"):
+        model.read_thoughts(None)
     for wrong, settings in ((thoughts, {}), (thoughts[0], {}), (thoughts[:, :3], {"return_dict_in_generate": True})):
         with pytest.raises(ValueError, match="`thoughts` have shape.*in whole groups"):
             model.read_thoughts(wrong, **settings)
@@ -401,3 +431,15 @@ def test_settings_that_a_checkpoint_saved_are_taken(model, thoughts):
         found = model.read_thoughts(thoughts * (torch.arange(4) < count)[:, None], generation_config=given)
         assert found.shape[:2] == (3, 4)
     assert model.read_thoughts(thoughts, generation_config=given)[2].eq(9).all()
+
+
+def test_what_a_given_configuration_leaves_open_is_that_of_the_checkpoint(model, thoughts):
+    """A row without thoughts was read as so many tokens 0, a word; and its `max_new_tokens` was not heard."""
+    saved = prepare(model, 2).generation_config
+    saved.pad_token_id, saved.eos_token_id, saved.num_return_sequences = 9, 7, 2
+    given = GenerationConfig(do_sample=True, max_new_tokens=3)
+    found = model.read_thoughts(thoughts, generation_config=given)
+    assert found.shape == (3, 4, 3)
+    assert found[2].eq(9).all()
+    assert model.read_thoughts(0 * thoughts, generation_config=given).shape == (3, 4, 0)
+    assert model.read_thoughts(thoughts, generation_config=given, max_new_tokens=2).shape == (3, 4, 2)

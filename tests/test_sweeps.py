@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import model_inputs
 from reference import (
+    add_texts,
     assert_same_grads,
     loss_and_grads,
     reference_embeds,
     reference_loss,
+    reference_text_losses,
     split_rows,
     training,
     widened,
@@ -68,10 +70,14 @@ def swept(model, input_ids, pixel_values, num_sweeps, edit_thoughts=None):
 
 
 def swept_loss(model, batch, num_sweeps):
-    losses = []
-    for row in split_rows(batch):
-        logits, _ = swept(model, row["input_ids"], row["pixel_values"], num_sweeps)
+    losses, texts = [], batch["step_ids"].tolist() if "step_ids" in batch else [[]] * len(batch["labels"])
+    for row, of_row in zip(split_rows(batch), texts, strict=True):
+        logits, thoughts = swept(model, row["input_ids"], row["pixel_values"], num_sweeps)
         losses.append(torch.nn.functional.cross_entropy(logits[:-1], row["labels"][1:], reduction="none"))
+        steps = reference_text_losses(model, thoughts, of_row)
+        if steps:  # their mean counts as much as the words of the row
+            num_labels = int((row["labels"][1:] != -100).sum())
+            losses.append(model.config.step_loss_weight * num_labels * torch.stack(steps).mean()[None])
     return torch.cat(losses).sum() / (batch["labels"] != -100).sum()
 
 
@@ -94,6 +100,16 @@ def test_fewer_sweeps_equal_their_definition(model, batch, feedback, checkpointi
     exact, _ = loss_and_grads(model, lambda: reference_loss(model, batch))
     assert (expected_loss - exact).abs() > 1e-5
     with training(model, checkpointing):
+        loss, grads = loss_and_grads(model, lambda: model(**model_inputs(batch)).loss)
+    torch.testing.assert_close(loss, expected_loss, **LOGITS)
+    assert_same_grads(grads, expected)
+
+
+def test_with_a_step_loss_what_the_last_sweep_feeds_is_decoded(model, make_batch):
+    batch = add_texts(make_batch(**CASES["ragged"]), ((2, 3), (), (4,)))
+    model.config.thought_sweeps, model.config.c_thought, model.config.step_loss_weight = 1, 2, 0.7
+    expected_loss, expected = loss_and_grads(model, lambda: swept_loss(model, batch, 1))
+    with training(model):
         loss, grads = loss_and_grads(model, lambda: model(**model_inputs(batch)).loss)
     torch.testing.assert_close(loss, expected_loss, **LOGITS)
     assert_same_grads(grads, expected)
