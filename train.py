@@ -30,7 +30,7 @@ from multicoco.trainer_callbacks import (
     check_devices,
 )
 from multicoco.training.arguments import Settings, parse
-from multicoco.training.loading import find_checkpoint, load_model
+from multicoco.training.loading import check_folders, find_checkpoint, load_model
 from multicoco.training.results import (
     folder_note,
     longest_sample,
@@ -93,6 +93,7 @@ def main(words: Sequence[str] | None = None) -> StageTrainer | None:
         check_devices(args)
     set_seed(args.seed)
     processor = data_args.load_processor(model_args.model_name_or_path)
+    check_folders(model_args, args)
     train_dataset, eval_dataset = make_datasets(settings, processor)
     train_dataset.set_stage(0)  # raises if no thought could ever be trained, before a model is loaded
     if model_args.estimate_memory:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.utils import logging
 
 from .compat import add_to_log, delete_first, forget_best, is_finite, most_of_all_ranks, rank, world_size
+from .configuration_multicoco import feedback_of
 from .curriculum import CurriculumArguments, written_tokens
 from .data_multicoco import ReasoningCollator, StageDataset
 
@@ -37,10 +38,16 @@ IDENTITY = "multicoco"  # where a checkpoint's trainer_state.json says which run
 # Settings of `TrainingArguments` that a resumed run takes from its checkpoint, or would go on with only from there.
 KEPT = (
     *("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "optim_args"),
+    *("optim_target_modules", "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy"),
+    "dataloader_drop_last",
 )
 RATES = ("vision_learning_rate", "projector_learning_rate", "thought_learning_rate")  # of `CoconutArguments`
-NEVER_CHANGED = (*KEPT, *RATES, "global_batch_size", "world_size", "trained", "mode", "c_thought")
+NEVER_CHANGED = (
+    *(*KEPT, *RATES, "global_batch_size", "world_size", "trained", "mode", "c_thought"),
+    *("thought_feedback", "thought_sweeps"),
+)
+OF_FILES = ("train_file", "train_weights", "model_name_or_path")  # all of these may be elsewhere, or others
 
 
 def identity(
@@ -49,9 +56,15 @@ def identity(
     """Which run a checkpoint is of: all that must be the same when it is resumed."""
     batch_size = state.train_batch_size if args.auto_find_batch_size else args.train_batch_size
     num_trained = sum(getattr(param, "ds_numel", param.numel()) for param in model.parameters() if param.requires_grad)
-    kind = "adapters" if hasattr(model, "peft_config") else "weights"
+    adapters, config = list(getattr(model, "peft_config", {}).values()), model.config
+    kind = "adapters" if adapters else "weights"
     return {
         "train_file": datasets[0].digest()[:16] if datasets else None,
+        "train_weights": [float(weight) for _, weight in datasets[0].records.by_set()] if datasets else None,
+        # Whole weights are all those of the checkpoint; adapters are added to what is given now.
+        "model_name_or_path": adapters[0].base_model_name_or_path if adapters else None,
+        "thought_feedback": feedback_of(curriculum.mode, config.thought_feedback),
+        "thought_sweeps": config.thought_sweeps,
         "seed": args.seed if args.data_seed is None else [args.seed, args.data_seed],
         "global_batch_size": batch_size * args.gradient_accumulation_steps * args.world_size,
         "world_size": args.world_size,
@@ -154,11 +167,12 @@ class CurriculumCallback(TrainerCallback):
         curriculum ([`CurriculumArguments`]): The schedule.
         datasets ([`StageDataset`]): The training data, and any evaluation data that follows the same stage.
         allow_changed (`Collection[str]`, *optional*): What may differ from the run that is resumed: `train_file`,
-            `seed`, fields of the curriculum. All else that changes what a resumed run is raises.
+            `train_weights`, `seed`, fields of the curriculum, and for adapters `model_name_or_path`, if their base
+            was moved. All else that changes what a resumed run is raises.
     """
 
     def __init__(self, curriculum: CurriculumArguments, *datasets: StageDataset, allow_changed: Collection[str] = ()):
-        known = {item.name for item in fields(curriculum)} | {"train_file", "seed"}
+        known = {item.name for item in fields(curriculum)} | {*OF_FILES, "seed"}
         if refused := [name for name in allow_changed if name not in known or name in NEVER_CHANGED]:
             raise ValueError(
                 f"`allow_changed` has {refused}; what a resumed run can go on with otherwise is "
@@ -167,6 +181,7 @@ class CurriculumCallback(TrainerCallback):
         self.curriculum, self.datasets, self.allow_changed = curriculum, datasets, allow_changed
         self.stage = 0
         self._is_new = False  # whether no loss of the stage has been logged
+        self._step = 0  # the last that was done, while a run lasts
         self._totals: torch.Tensor | None = None  # since the last log: of step losses times labels, and of labels
         self._hook: Any = None
 
@@ -184,6 +199,12 @@ class CurriculumCallback(TrainerCallback):
         if getattr(args, "remove_unused_columns", False):
             raise ValueError("`remove_unused_columns` is True, but the collator reads `images`. Set it to False.")
         check_devices(args)
+        if args.auto_find_batch_size and self._step > state.global_step:
+            raise ValueError(
+                f"Memory ran out after step {self._step}, and `--auto_find_batch_size` would begin anew at step "
+                f"{state.global_step} with weights that have been trained already. Start again with "
+                f"`--per_device_train_batch_size {state.train_batch_size}` or less; later stages need more memory."
+            )
         for dataset in self.datasets:
             check_ranks_agree(dataset, args.device)
         first = max(1, math.ceil(state.epoch or 0))  # at the start of a resumed epoch comes its reset
@@ -215,6 +236,19 @@ class CurriculumCallback(TrainerCallback):
             )
         check_resumed(known.get(IDENTITY), now, self.allow_changed)
 
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Lets an optimizer that trains other weights than it gives (schedule-free) give those at the end of a run."""
+        self._step = state.global_step
+        if state.global_step >= state.max_steps and hasattr(optimizer, "eval"):
+            optimizer.eval()
+
     def on_train_end(
         self,
         args: TrainingArguments,
@@ -225,6 +259,7 @@ class CurriculumCallback(TrainerCallback):
     ) -> None:
         """Leaves the model without the hook that reads its step loss; raises if its weights are no numbers."""
         self._unhook()
+        self._step = 0
         check_finite(args, state, model)
 
     def _unhook(self) -> None:
@@ -656,6 +691,12 @@ class StageComparisonCallback(TrainerCallback):
     ) -> None:
         """As at the beginning of an epoch, before which a run may evaluate; refuses a run that never would."""
         by_epoch = args.eval_strategy == "epoch"
+        if args.eval_strategy == "steps" and state.eval_steps > state.max_steps:
+            raise ValueError(
+                f"`--eval_steps` is {state.eval_steps} (`logging_steps`, if not given), but the run ends after "
+                f"{state.max_steps} steps, so that nothing would be evaluated. Lower it, or leave out "
+                "`--eval_strategy`."
+            )
         last, unit = (state.num_train_epochs, "epochs") if by_epoch else (state.max_steps, "steps")
         if args.eval_strategy != "no" and args.eval_delay > last:
             raise ValueError(

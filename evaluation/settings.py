@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..records import STEPS_FROM, Records, load_records
 
 T = TypeVar("T")
 SETTINGS_FILES = (".yaml", ".yml", ".json")
+NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def read_settings(path: str | Path) -> dict[str, list[str]]:
@@ -39,8 +41,18 @@ def read_settings(path: str | Path) -> dict[str, list[str]]:
     for name, value in settings.items():
         values = value if isinstance(value, list) else [value]
         if value is not None:
-            words[name] = [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in values)]
+            words[name] = [
+                f"--{name}",
+                *(json.dumps(_numbers(one)) if isinstance(one, dict) else str(one) for one in values),
+            ]
     return words
+
+
+def _numbers(value: Any) -> Any:
+    """The same with numbers for texts as 1e-7, which YAML does not take for one: it has no point."""
+    if isinstance(value, dict):
+        return {name: _numbers(one) for name, one in value.items()}
+    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
 
 
 def make_parser(*kinds: Any, description: str | None) -> HfArgumentParser:

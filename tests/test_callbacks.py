@@ -20,6 +20,8 @@ from multicoco.trainer_callbacks import (
     AnswerCallback,
     CompletionCallback,
     CurriculumCallback,
+    check_resumed,
+    identity,
     last_complete_checkpoint,
 )
 
@@ -372,6 +374,48 @@ def test_a_run_is_resumed_as_itself_or_refused(run, data, tmp_path, change, free
     if free:
         trainer, _ = run(resume=checkpoint, allow_changed=[free], **change)
         assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "before", "now"),
+    [
+        ("label_smoothing_factor", 0.0, 0.1),
+        ("train_sampling_strategy", "random", "group_by_length"),
+        ("dataloader_drop_last", False, True),
+        ("neftune_noise_alpha", None, 5.0),
+        ("optim_args", None, "amsgrad=True"),
+        ("thought_sweeps", None, 2),
+        ("thought_feedback", "identity", "rms_match"),
+    ],
+)
+def test_what_else_makes_a_run_another_one_is_its_identity(tmp_path, setting, before, now):
+    """It went on with the new one, half a run each."""
+    found = []
+    for value in (before, before, now):
+        model = torch.nn.Module()
+        model.config = MultiCoCoConfig(**({setting: value} if setting.startswith("thought") else {}))
+        settings = {} if setting.startswith("thought") else {setting: value}
+        args = TrainingArguments(str(tmp_path), use_cpu=True, **settings)
+        found.append(json.loads(json.dumps(identity(CurriculumArguments(), [], args, TrainerState(), model))))
+    first, same, other = found
+    check_resumed(first, same, ())
+    with pytest.raises(ValueError, match=f"of another run: `{setting}` was {before}, is {now}"):
+        check_resumed(first, other, ())
+
+
+def test_an_optimizer_that_averages_gives_the_mean_at_the_end_of_a_run():
+    """Without an evaluation data set the model was saved as it is trained, not as it is to be used."""
+
+    class Averaging(torch.optim.SGD):
+        is_mean = False
+
+        def eval(self):
+            self.is_mean = True
+
+    optimizer, callback = Averaging([torch.nn.Parameter(torch.zeros(1))]), CurriculumCallback(CurriculumArguments())
+    for step, is_mean in ((2, False), (3, True)):
+        callback.on_step_end(None, TrainerState(global_step=step, max_steps=3), None, optimizer=optimizer)
+        assert optimizer.is_mean == is_mean
 
 
 def test_only_what_can_go_on_otherwise_may_be_allowed_to():

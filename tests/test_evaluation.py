@@ -231,6 +231,12 @@ def test_a_rate_that_follows_evaluations_compares_within_a_stage(make, kind, kwa
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * expected)
 
 
+def test_a_rate_for_each_group_of_weights_is_no_obstacle_to_the_plan(make):
+    """A schedule that follows evaluations was tried on one group: "expected 1 min_lrs, got 2"."""
+    schedule = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"min_lr": [1e-6, 1e-6]}}
+    assert make([], eval_strategy="epoch", **schedule).plan().factors == ()
+
+
 def test_a_run_is_stopped_in_its_last_stage_only(make):
     stopping = EarlyStoppingCallback(early_stopping_patience=1)
     settings = {"eval_strategy": "epoch", "metric_for_best_model": "accuracy"}
@@ -298,9 +304,12 @@ def test_what_would_be_ignored_is_refused_before_anything_is_read(tmp_path, word
         train.main([*flags, "--report_to", "none", *words.split(" ")])
 
 
-def test_a_run_that_would_end_before_its_first_evaluation_is_refused(make):
+def test_a_run_that_would_end_before_its_first_evaluation_is_refused(make, tmp_path):
     with pytest.raises(ValueError, match="`--eval_delay` is 5.*ends after 4 epochs"):
         make([], eval_strategy="epoch", eval_delay=5).train()
+    args, state = arguments(tmp_path, eval_strategy="steps"), TrainerState(max_steps=4, eval_steps=10)
+    with pytest.raises(ValueError, match="`--eval_steps` is 10.*ends after 4 steps"):
+        StageComparisonCallback(CurriculumArguments()).on_train_begin(args, state, None)
 
 
 def test_train_evaluates_its_eval_file(folder, trails_start, tmp_path):

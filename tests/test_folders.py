@@ -168,6 +168,8 @@ def test_a_folder_with_both_is_refused_by_all_that_load_it(folder, whole, adapte
 def test_adapters_are_no_base_and_are_not_saved_over_theirs(folder, whole, adapted):
     with pytest.raises(ValueError, match="holds adapters, which are no model to begin with"):
         run(folder, "of adapters", "--model_name_or_path", folder / "adapted")
+    with pytest.raises(ValueError, match="holds adapters, which are no model to begin with"):  # it promised a schedule
+        run(folder, "of adapters", "--model_name_or_path", folder / "adapted", "--dry_run")
     for name, base in (("base", "base"), ("whole", "whole/checkpoint-1")):
         with pytest.raises(ValueError, match="is where the base model of the adapters"):
             run(folder, name, *LORA, "--model_name_or_path", folder / base)
@@ -201,6 +203,23 @@ def test_a_checkpoint_of_another_kind_is_refused_with_its_flags(folder, whole, a
 def test_train_refuses_a_checkpoint_of_another_kind(folder, whole):
     with pytest.raises(ValueError, match="was trained with `--lora_rank 0`"):
         run(folder, "whole", *LORA, "--resume_from_checkpoint", "last")
+
+
+def test_adapters_are_not_taken_to_another_base(folder, whole, adapted):
+    """They were added to it: other weights, and the loss went on from there."""
+    with pytest.raises(ValueError, match="`model_name_or_path` was .*base, is .*whole.*--allow_changed model_name_or"):
+        run(folder, "adapted", *LORA, "--model_name_or_path", folder / "whole", "--resume_from_checkpoint", "last")
+
+
+def test_a_checkpoint_of_adapters_says_its_stage_also_where_no_callback_is_asked(adapted, tmp_path):
+    """As on SIGTERM (`--enable_jit_checkpoint`): it had no config.json, so that nothing could load it."""
+    adapted.save_model(str(tmp_path / "checkpoint-1"), _internal_call=True)
+    assert MultiCoCoConfig.from_pretrained(tmp_path / "checkpoint-1").trained == adapted.model.config.trained
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(folder):
+    with pytest.raises(ValueError, match="nowhere is no checkpoint of a run.*`last`"):
+        run(folder, "no checkpoint", "--resume_from_checkpoint", folder / "nowhere")
 
 
 # --- a full disk -------------------------------------------------------------------------------------------------

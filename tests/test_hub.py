@@ -256,6 +256,22 @@ def test_scores_take_the_place_of_the_last_answers_in_the_metadata(make_run):
     assert "No control" not in card.text
 
 
+def test_what_was_measured_of_an_earlier_model_is_not_in_the_card(make_run, caplog):
+    """A second run into `out` had the scores and the verdict of the first one's model in its card."""
+    folder = make_run("out")
+    row = {"mode": "coconut", "samples": 90, "scored": 80, "new_tokens": 3.25, "low": 0.4, "high": 0.6}
+    rows = [{**row, "model": str(folder), "num_thoughts": 6, "accuracy": 0.875}]
+    (folder / "scores.json").write_text(json.dumps({"settings": {"metric": "exact"}, "scores": rows}))
+    (folder / "diagnosis.json").write_text(json.dumps({"thoughts": {"verdict": "not shown to be used"}}))
+    for path in (folder / "scores.json", folder / "diagnosis.json"):
+        os.utime(path, (1, 1))
+    (folder / "model.safetensors").touch()
+    text = make_card(folder).text
+    assert "87.5%" not in text
+    assert "not shown to be used" not in text
+    assert sum("is older than the weights" in message for message in caplog.messages) == 2
+
+
 def test_controls_stand_beside_the_run_and_their_absence_is_said(make_run, monkeypatch):
     folder, control = make_run("out"), make_run("out-pause", mode="pause", accuracy=0.5)
     model_card.main([str(folder)])

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from transformers.utils import logging
 
 from multicoco import CurriculumArguments, MultiCoCoConfig, MultiCoCoForConditionalGeneration, train
@@ -27,7 +29,7 @@ from multicoco.recipes.trails.start_model import make_start_model
 from multicoco.score import ScoreArguments
 from multicoco.trainer_callbacks import last_complete_checkpoint
 from multicoco.training.arguments import parse
-from multicoco.training.trainer import SPEED, StageTrainer
+from multicoco.training.trainer import SPEED, CoconutArguments, StageTrainer
 
 
 ROOT = Path(train.__file__).parent
@@ -143,6 +145,23 @@ def test_bools_lists_and_objects_are_read_from_the_file(write):
     assert json.loads(data.column_mapping) == {"steps": "rationale"}
 
 
+def test_a_number_inside_an_object_needs_no_point(tmp_path):
+    """YAML takes 1e-7 for a text; that of a flag is read as a number, that of an object was not."""
+    (tmp_path / "a.yaml").write_text(
+        "model_name_or_path: some/model\ntrain_file: some.jsonl\nlearning_rate: 1e-3\n"
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-7, text: 1e-7 a}\n"
+    )
+    args = parse(None, [str(tmp_path / "a.yaml")]).training
+    assert (args.learning_rate, args.lr_scheduler_kwargs) == (1e-3, {"min_lr": 1e-7, "text": "1e-7 a"})
+
+
+@pytest.mark.parametrize(("flag", "value"), [("max_steps", "0"), ("num_train_epochs", "0")])
+def test_a_run_of_no_step_is_refused(write, flag, value):
+    """It ended with "max() arg is an empty sequence"."""
+    with pytest.raises(ValueError, match=f"`--{flag}` is 0.*nothing would be trained"):
+        parse(None, [write("a.yaml", NEEDED), f"--{flag}", value])
+
+
 def test_the_file_may_stand_behind_a_switch_and_a_flag_may_take_a_file(write):
     path = write("a.yaml", NEEDED)
     model, data, _, args, _ = parse(None, ["--skip_bad_records", path, "--train_file", "other.json"])
@@ -185,8 +204,77 @@ def test_a_control_takes_no_feedback_of_states(write):
         parse(None, [write("a.yaml", {**NEEDED, "mode": "pause", "thought_feedback": "rms_match"})])
 
 
+def test_a_setting_of_adapters_without_adapters_is_refused(write):
+    """The whole model was trained instead; and of a frozen language model the adapters."""
+    path = write("a.yaml", NEEDED)
+    for flags in (["--lora_alpha", "8"], ["--lora_embeddings", "rows"]):
+        with pytest.raises(ValueError, match=rf"`{flags[0]}` is about adapters, but `--lora_rank` is 0"):
+            parse(None, [path, *flags])
+    pytest.importorskip("peft", reason="LoRA needs the package peft (`pip install multicoco[peft]`)")
+    with pytest.raises(ValueError, match="`--freeze_llm` keeps the language model"):
+        parse(None, [path, "--freeze_llm", "--lora_rank", "2"])
+
+
+def test_a_dry_run_makes_no_repository_and_false_is_no_checkpoint(write):
+    settings = {"dry_run": True, "push_to_hub": True, "resume_from_checkpoint": False}
+    args = parse(None, [write("a.yaml", {**NEEDED, **settings})]).training
+    assert not args.push_to_hub
+    assert args.resume_from_checkpoint is None
+
+
 class Noted(TrainerCallback):
     pass
+
+
+def make_trainer(tmp_path, restart_schedule=False, optimizers=(None, None), deepspeed=None, **settings):
+    args = CoconutArguments(str(tmp_path), use_cpu=True, report_to="none", **settings)
+    if deepspeed is not None:
+        args.hf_deepspeed_config = SimpleNamespace(config=deepspeed)
+    curriculum = CurriculumArguments(restart_schedule=restart_schedule)
+    trainer = StageTrainer(torch.nn.Linear(1, 1), args, curriculum=curriculum, optimizers=optimizers)
+    trainer.steps_per_epoch = 2
+    return trainer
+
+
+def test_rates_that_would_be_ignored_are_refused(tmp_path):
+    """Each was, in silence."""
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    own = (torch.optim.SGD(weights), None)
+    with pytest.raises(ValueError, match="`--vision_learning_rate` would be ignored: the optimizer comes from"):
+        make_trainer(tmp_path, optimizers=own, vision_learning_rate=0.0)
+    with pytest.raises(ValueError, match="`--thought_learning_rate` would be ignored: the optimizer comes from"):
+        make_trainer(tmp_path, deepspeed={"optimizer": {}}, thought_learning_rate=1e-3)
+    with pytest.raises(ValueError, match="`--deepspeed` has a `scheduler`.*would be ignored"):
+        make_trainer(tmp_path, deepspeed={"scheduler": {}})
+    layers = LayerWiseDummyOptimizer(optimizer_dict={weights[0]: torch.optim.SGD(weights)})
+    for settings in ({"restart_schedule": True, "lr_scheduler_type": "constant"}, {}):
+        trainer = make_trainer(tmp_path, **settings)
+        with pytest.raises(ValueError, match="for each weight, whose rate no schedule reaches"):
+            trainer.create_scheduler(10, trainer.accelerator.prepare(layers))
+    make_trainer(tmp_path, lr_scheduler_type="constant").create_scheduler(10, layers)
+
+
+def test_a_schedule_that_is_not_used_is_named(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, restart_schedule=True, lr_scheduler_kwargs={"num_decay_steps": 3})
+    trainer.create_scheduler(10, torch.optim.SGD(trainer.model.parameters()))
+    assert "`--lr_scheduler_kwargs` is not used" in caplog.text
+
+
+def test_an_order_by_length_is_drawn_from_the_seed_of_the_data_and_the_epoch(tmp_path):
+    """It was the same for all seeds, of which torch's generator does not read what is above 32 bits."""
+
+    class Lengths(list):
+        epoch, length = 1, list.__getitem__
+
+    data = Lengths(range(900))  # more than are sorted at once
+    samplers = [
+        make_trainer(tmp_path, train_sampling_strategy="group_by_length", **seeds)._get_train_sampler(data)
+        for seeds in ({"seed": 3}, {"data_seed": 3}, {"data_seed": 4})
+    ]
+    first, again, other = map(list, samplers)
+    assert first == again != other
+    data.epoch = 2
+    assert list(samplers[0]) not in (first, other)
 
 
 @pytest.mark.parametrize("callbacks", [None, [Noted], [Noted()]], ids=["none", "class", "object"])
@@ -334,6 +422,21 @@ def test_rates_follow_the_stages_of_a_batch_size_that_was_found(folder, monkeypa
     assert starts_of_stages(history(out)) == [8, 12]
     assert [step for step in range(1, len(rates)) if rates[step] > rates[step - 1]] == [8, 12]
     assert json.loads((out / "settings.json").read_text())["global_batch_size"] == 7
+
+
+def test_a_batch_size_is_not_found_with_weights_that_are_trained_already(folder, monkeypatch):
+    """As where the thoughts of a later stage need more memory: the run began anew, but not the model."""
+    begun = []
+
+    def runs_out_of_memory(self, args, state, control, **kwargs):
+        begun.append(state.global_step)
+        if len(begun) == 3:
+            raise RuntimeError("CUDA out of memory.")
+
+    monkeypatch.setattr(train.CompletionCallback, "on_step_begin", runs_out_of_memory)
+    with pytest.raises(ValueError, match="Memory ran out after step 2.*`--per_device_train_batch_size 7` or less"):
+        run_here(folder, "found_late", "--auto_find_batch_size", "--answer_every", "end")
+    assert not (folder / "found_late" / "model.safetensors").exists()
 
 
 def test_the_last_stage_has_one_cosine_however_long_it_is(folder):

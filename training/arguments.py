@@ -72,6 +72,17 @@ class ModelArguments:
                 "`--load_in_4bit` keeps weights that cannot be trained themselves, but `--lora_rank` is 0. Give it, "
                 "as `--lora_rank 16`, or leave `--load_in_4bit` out."
             )
+        ignored = [name for name in ("lora_alpha", "lora_embeddings") if getattr(self, name) is not None]
+        if ignored and not self.lora_rank:
+            raise ValueError(
+                f"`--{ignored[0]}` is about adapters, but `--lora_rank` is 0, which trains the whole model. Give it, "
+                f"as `--lora_rank 16`, or leave `--{ignored[0]}` out."
+            )
+        if self.lora_rank and self.freeze_llm:
+            raise ValueError(
+                "`--freeze_llm` keeps the language model as it is, but the adapters of `--lora_rank` change what it "
+                "does. Drop one."
+            )
         if self.load_in_4bit and (self.estimate_memory or self.dry_run):
             raise ValueError(
                 "The estimate of memory (`--estimate_memory`, `--dry_run`) knows no 4 bits. Leave `--load_in_4bit` "
@@ -145,9 +156,18 @@ def parse(description: str | None, arguments: Sequence[str]) -> Settings:
             f"`--thought_feedback` is {model_args.thought_feedback!r}, but `--mode {curriculum.mode}` feeds "
             "constants: leave it out, or train another mode."
         )
+    if args.max_steps == 0 or args.num_train_epochs <= 0:
+        name = "max_steps" if args.max_steps == 0 else "num_train_epochs"
+        raise ValueError(
+            f"`--{name}` is {getattr(args, name)}, so that nothing would be trained. Leave it out for the whole "
+            "curriculum, or give a number of at least 1."
+        )
     if "num_train_epochs" not in sources and args.max_steps <= 0:
         args.num_train_epochs = curriculum.num_epochs
         sources["num_train_epochs"] = "curriculum"
+    if args.resume_from_checkpoint in ("false", "False"):  # as a file of settings may have it
+        args.resume_from_checkpoint = None
+    args.push_to_hub = args.push_to_hub and not model_args.dry_run  # `Trainer` makes the repository at once
     args.remove_unused_columns = False  # the collator reads `images`
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
     return Settings(model_args, data_args, curriculum, args, sources)

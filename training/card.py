@@ -9,14 +9,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import logging
 
 from ..compat import optional_file
 from ..configuration_multicoco import CONTROL_FEEDBACK, MODES, MultiCoCoConfig
+from ..evaluation.checkpoints import FILES, files_of
 from ..evaluation.intervals import wilson_interval
 
+
+logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library is
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TASK = "image-text-to-text"
@@ -94,8 +98,7 @@ def make_card(
     data_file = settings.get("eval_file")
     results = _read(folder / "results.json") or []
     others = [_last_answers(Path(control)) for control in controls]
-    diagnosis = _read(folder / "diagnosis.json") or _read(folder / "diagnosis" / "diagnosis.json") or {}
-    verdict = (diagnosis.get("thoughts") or {}).get("verdict")
+    verdict = (_read_measured(folder, "diagnosis").get("thoughts") or {}).get("verdict")
     licence: dict[str, Any] = {"license": license} if license else _base_license(base)
     data = ModelCardData(
         model_name=model_id.split("/")[-1],
@@ -137,6 +140,21 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def _read_measured(folder: Path, what: str) -> dict[str, Any]:
+    """What a command has measured of the model in this folder; nothing, if the model was saved after that."""
+    path = next((path for path in (folder / f"{what}.json", folder / what / f"{what}.json") if path.is_file()), None)
+    if path is None:
+        return {}
+    saved = max((weights.stat().st_mtime_ns for form in FILES for weights in files_of(folder, form)), default=0)
+    if path.stat().st_mtime_ns < saved:
+        logger.warning(
+            f"{path} is older than the weights in {folder}, so that it may speak of an earlier model: the card leaves "
+            "it out. Measure again, or, if the files were only copied, `touch` it."
+        )
+        return {}
+    return cast(dict[str, Any], _read(path))
+
+
 def _read_config(folder: Path) -> MultiCoCoConfig:
     if not (folder / "config.json").is_file():
         raise ValueError(f"`{folder}` has no config.json, expected the folder of a finished run of train.py.")
@@ -145,7 +163,7 @@ def _read_config(folder: Path) -> MultiCoCoConfig:
 
 def _read_scores(folder: Path, model_id: str) -> list[dict[str, Any]]:
     """Rows of score.py that have an accuracy, each with `mine`: whether it is this model's."""
-    report = _read(folder / "scores.json") or _read(folder / "scores" / "scores.json") or {}
+    report = _read_measured(folder, "scores")
     mine = {model_id, str(folder), str(folder.resolve())}
     rows = [row for row in report.get("scores", []) if "accuracy" in row]
     return [

@@ -31,9 +31,8 @@ def load_model(
     `output_dir/_start`, before DeepSpeed partitions anything; then all ranks load that. peft wraps it for `lora_rank`.
 
     Raises:
-        ValueError: see [`check_folders`] and [`find_kind`], or what was asked for does not go together.
+        ValueError: see [`find_kind`], or what was asked for does not go together.
     """
-    check_folders(model_args, args)
     kind = find_kind(model_args, find_checkpoint(args))
     name: str | Path = model_args.model_name_or_path
     is_new = MultiCoCoConfig.from_pretrained(name).latent_token_id is None
@@ -116,9 +115,21 @@ def check_folders(model_args: ModelArguments, args: TrainingArguments) -> None:
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint that a run goes on from, if it does: for `last` the newest in `output_dir` that is whole."""
+    """
+    The checkpoint that a run goes on from, if it does: for `last` the newest in `output_dir` that is whole.
+
+    Raises:
+        ValueError: a folder that is given is no checkpoint.
+    """
     checkpoint = args.resume_from_checkpoint
-    return last_complete_checkpoint(str(args.output_dir)) if checkpoint in ("true", "True", "last") else checkpoint
+    if checkpoint in ("true", "True", "last"):
+        return last_complete_checkpoint(str(args.output_dir))
+    if checkpoint is not None and not Path(checkpoint, "trainer_state.json").is_file():
+        raise ValueError(
+            f"`--resume_from_checkpoint` {checkpoint} is no checkpoint of a run: it has no trainer_state.json. Give a "
+            "folder `checkpoint-*`, or `last` for the newest whole one in `--output_dir`."
+        )
+    return checkpoint
 
 
 class Kind(NamedTuple):

@@ -12,6 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.optim import SGD, Optimizer
@@ -34,6 +35,7 @@ logger = logging.get_logger(f"transformers.{__name__}")  # heard as the library 
 
 # The library's and ours: who asks for another schedule is told if it is not used.
 DEFAULT_SCHEDULES = (SchedulerType.LINEAR, SchedulerType.WARMUP_STABLE_DECAY)
+ADAPTIVE_SCHEDULES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # they follow evaluations
 # What of a parameter's name says which part with a learning rate of its own it belongs to.
 PARTS = {"vision": "vision_tower.", "projector": "multi_modal_projector.", "thought": "trainable_tokens"}
 SPEED = "speed/"  # begins the names of what depends on the time a run took
@@ -69,7 +71,8 @@ class CoconutArguments(TrainingArguments):
     allow_changed: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "What may differ from the run that is resumed: train_file, seed, or settings of the curriculum."
+            "help": "What may differ from the run that is resumed: train_file, train_weights, seed, settings of the "
+            "curriculum, and for adapters model_name_or_path, if their base was moved."
         },
     )
     logging_nan_inf_filter: bool = _default("logging_nan_inf_filter", False)  # it would log a NaN as a loss of 0
@@ -132,7 +135,7 @@ def check_evaluation(
             f"`--load_best_model_at_end` with `--eval_steps {args.eval_steps}` and `--save_steps {args.save_steps}`: "
             "the best model of a stage might not be saved. Make them equal, or give `--save_strategy best`."
         )
-    if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+    if args.lr_scheduler_type in ADAPTIVE_SCHEDULES:
         _check_adaptive_rate(args, curriculum)
 
 
@@ -168,7 +171,8 @@ class EpochLengthSampler(LengthGroupedSampler):
         self.dataset, self.seed = dataset, seed
 
     def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed((self.seed << 32) + self.dataset.epoch)
+        seed = int(np.random.default_rng((self.seed, self.dataset.epoch)).integers(2**32))  # torch reads 32 bits of it
+        self.generator = torch.Generator().manual_seed(seed)
         return super().__iter__()
 
 
@@ -342,6 +346,17 @@ class StageTrainer(Trainer):
         metrics = METRICS if has_answers else METRICS[:1]
         has_data = self.eval_dataset is not None
         check_evaluation(self.args, self.curriculum, has_data=has_data, metrics=metrics if is_known else None)
+        deepspeed = getattr(getattr(self.args, "hf_deepspeed_config", None), "config", {})
+        if "scheduler" in deepspeed:
+            raise ValueError(
+                "The file of `--deepspeed` has a `scheduler`, for which `--lr_scheduler_type`, `--warmup_steps` and "
+                "`--restart_schedule` would be ignored. Take it out of the file."
+            )
+        if self._rates() and (self.optimizer is not None or "optimizer" in deepspeed):
+            raise ValueError(
+                f"`--{next(iter(self._rates()))}_learning_rate` would be ignored: the optimizer comes from elsewhere "
+                "(`optimizer` in the file of `--deepspeed`, `optimizers` in Python). Drop one."
+            )
         if self.args.label_smoothing_factor and self.compute_loss_func is not None:
             raise ValueError(
                 "`label_smoothing_factor` would be ignored beside `compute_loss_func`, which computes the loss. "
@@ -356,7 +371,8 @@ class StageTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         dataset = self.train_dataset if train_dataset is None else cast(StageDataset, train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochLengthSampler(dataset, batch_size, self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochLengthSampler(dataset, batch_size, seed)
 
     def get_train_dataloader(self) -> DataLoader:
         """As [`~transformers.Trainer.get_train_dataloader`]; what is counted begins anew, as a run does."""
@@ -442,6 +458,8 @@ class StageTrainer(Trainer):
             if is_writer:
                 remove(output_dir, MODEL if has_adapters else ADAPTERS)
             super().save_model(output_dir, _internal_call=True)
+            if has_adapters and is_writer:
+                self.model.config.save_pretrained(output_dir)  # also where no callback is asked (SIGTERM)
             return
         with replace_checkpoint(output_dir or str(self.args.output_dir), is_writer=is_writer) as folder:
             super().save_model(str(folder), _internal_call=True)
@@ -496,6 +514,11 @@ class StageTrainer(Trainer):
                 tags=[tags] if isinstance(tags, str) else tags or (),
             )
 
+    def _rates(self) -> dict[str, float]:
+        """The learning rates of parts that have one of their own."""
+        given: dict[str, Any] = {part: getattr(self.args, f"{part}_learning_rate", None) for part in PARTS}
+        return {part: float(rate) for part, rate in given.items() if rate is not None}
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """
         As [`~transformers.Trainer.create_optimizer`]; parts of the model may have a learning rate of their own.
@@ -505,8 +528,7 @@ class StageTrainer(Trainer):
         """
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        given: dict[str, Any] = {part: getattr(self.args, f"{part}_learning_rate", None) for part in PARTS}
-        rates = {part: float(rate) for part, rate in given.items() if rate is not None}
+        rates = self._rates()
         if is_new and rates:
             model = cast(torch.nn.Module, self.model)
             names = {id(param): name for name, param in model.named_parameters()}
@@ -553,6 +575,8 @@ class StageTrainer(Trainer):
             first, *later = epochs
             stop = (later[-1] if later else first) + 1
             stages.append((stage, first * per_epoch, min(stop * per_epoch, max_steps)))
+        if self.args.lr_scheduler_type in ADAPTIVE_SCHEDULES:
+            return RunPlan(per_epoch, max_steps, batch_size, stages, ())
         scheduler = self._make_schedule(max_steps, SGD([torch.zeros(1)], lr=self.args.learning_rate))
         return RunPlan(per_epoch, max_steps, batch_size, stages, getattr(scheduler, "lr_lambdas", ()))
 
@@ -569,11 +593,21 @@ class StageTrainer(Trainer):
         args, curriculum = self.args, self.curriculum
         warmup = args.get_warmup_steps(num_training_steps)
         starts = [epoch * self.steps_per_epoch for epoch in curriculum.starts]
+        is_constant = args.lr_scheduler_type == SchedulerType.CONSTANT and not curriculum.restart_schedule
+        if hasattr(getattr(optimizer, "optimizer", optimizer), "optimizer_dict") and not is_constant:
+            raise ValueError(
+                f"`--optim {args.optim}` has an optimizer for each weight, whose rate no schedule reaches: it stays "
+                f"{args.learning_rate}. Say so by `--lr_scheduler_type constant` without `--restart_schedule`, or "
+                "choose another `--optim`."
+            )
         if curriculum.restart_schedule:
-            if args.lr_scheduler_type not in DEFAULT_SCHEDULES:
+            unused = [f"--lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value}"]
+            unused = [] if args.lr_scheduler_type in DEFAULT_SCHEDULES else unused
+            unused += ["--lr_scheduler_kwargs"] if args.lr_scheduler_kwargs else []
+            if unused:
                 logger.warning(
-                    f"`--lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value}` is not used: with "
-                    "`--restart_schedule` each stage has a warm-up and a cosine."
+                    f"`{'`, `'.join(unused)}` is not used: with `--restart_schedule` each stage has a warm-up and a "
+                    "cosine."
                 )
             end = max(num_training_steps, curriculum.num_epochs * self.steps_per_epoch)
             return LambdaLR(optimizer, restarting([*starts, end], warmup))
