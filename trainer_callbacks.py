@@ -63,8 +63,6 @@ def identity(
         "train_weights": [float(weight) for _, weight in datasets[0].records.by_set()] if datasets else None,
         # Whole weights are all those of the checkpoint; adapters are added to what is given now.
         "model_name_or_path": adapters[0].base_model_name_or_path if adapters else None,
-        "thought_feedback": feedback_of(curriculum.mode, config.thought_feedback),
-        "thought_sweeps": config.thought_sweeps,
         "seed": args.seed if args.data_seed is None else [args.seed, args.data_seed],
         "global_batch_size": batch_size * args.gradient_accumulation_steps * args.world_size,
         "world_size": args.world_size,
@@ -72,6 +70,8 @@ def identity(
         **vars(curriculum),
         **{name: str(getattr(getattr(args, name), "value", getattr(args, name))) for name in KEPT},
         **{name: str(getattr(args, name, None)) for name in RATES},
+        "thought_feedback": feedback_of(curriculum.mode, config.thought_feedback),
+        "thought_sweeps": config.thought_sweeps,
     }
 
 
