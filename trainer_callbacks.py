@@ -50,11 +50,18 @@ NEVER_CHANGED = (
 OF_FILES = ("train_file", "train_weights", "model_name_or_path")  # all of these may be elsewhere, or others
 
 
+def global_batch_size(args: TrainingArguments, state: TrainerState) -> int:
+    """Samples of an optimizer step, of all ranks, which share a batch with `split_batches`."""
+    found = state.train_batch_size if args.auto_find_batch_size else None
+    config: Any = args.accelerator_config
+    ranks = 1 if config.split_batches else args.world_size
+    return (found or args.train_batch_size) * args.gradient_accumulation_steps * ranks
+
+
 def identity(
     curriculum: CurriculumArguments, datasets: Sequence[StageDataset], args: TrainingArguments, state: Any, model: Any
 ) -> dict[str, Any]:
-    """Which run a checkpoint is of: all that must be the same when it is resumed."""
-    batch_size = state.train_batch_size if args.auto_find_batch_size else args.train_batch_size
+    """Which run a checkpoint is of: all that must be the same when it is resumed, and how long it was to be."""
     num_trained = sum(getattr(param, "ds_numel", param.numel()) for param in model.parameters() if param.requires_grad)
     adapters, config = list(getattr(model, "peft_config", {}).values()), model.config
     kind = "adapters" if adapters else "weights"
@@ -64,7 +71,7 @@ def identity(
         # Whole weights are all those of the checkpoint; adapters are added to what is given now.
         "model_name_or_path": adapters[0].base_model_name_or_path if adapters else None,
         "seed": args.seed if args.data_seed is None else [args.seed, args.data_seed],
-        "global_batch_size": batch_size * args.gradient_accumulation_steps * args.world_size,
+        "global_batch_size": global_batch_size(args, state),
         "world_size": args.world_size,
         "trained": f"{num_trained} {kind}",
         **vars(curriculum),
@@ -72,6 +79,7 @@ def identity(
         **{name: str(getattr(args, name, None)) for name in RATES},
         "thought_feedback": feedback_of(curriculum.mode, config.thought_feedback),
         "thought_sweeps": config.thought_sweeps,
+        "max_steps": state.max_steps,
     }
 
 
@@ -87,6 +95,12 @@ def check_resumed(before: Mapping[str, Any] | None, now: Mapping[str, Any], allo
         ValueError: something else differs, or the checkpoint has no optimizer.
     """
     changed = [name for name in now if before and before.get(name, now[name]) != now[name] and name not in allowed]
+    if before and "max_steps" in changed:
+        changed.remove("max_steps")
+        logger.warning(
+            f"The checkpoint is of a run of {before['max_steps']} steps, this one has {now['max_steps']}: from here "
+            "on the learning rate is that of the longer or shorter run."
+        )
     if changed and before:
         told = "; ".join(f"`{name}` was {before[name]}, is {now[name]}" for name in changed)
         free = [name for name in changed if name not in NEVER_CHANGED]

@@ -21,6 +21,7 @@ from multicoco.trainer_callbacks import (
     CompletionCallback,
     CurriculumCallback,
     check_resumed,
+    global_batch_size,
     identity,
     last_complete_checkpoint,
 )
@@ -374,6 +375,24 @@ def test_a_run_is_resumed_as_itself_or_refused(run, data, tmp_path, change, free
     if free:
         trainer, _ = run(resume=checkpoint, allow_changed=[free], **change)
         assert trainer.state.global_step == 4
+
+
+def test_a_run_that_is_made_longer_says_so(run, tmp_path, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    run(settings=settings)
+    checkpoint = str(tmp_path / "out" / "checkpoint-3")
+    run(settings={**settings, "max_steps": 4}, resume=checkpoint)
+    assert "of a run of 3 steps, this one has 4" in caplog.text
+
+
+def test_a_step_has_the_samples_of_all_ranks_unless_they_share_a_batch(tmp_path, monkeypatch):
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=6, gradient_accumulation_steps=2, use_cpu=True)
+    monkeypatch.setattr(TrainingArguments, "world_size", 3)  # as on three ranks
+    assert global_batch_size(args, TrainerState()) == 36
+    args.accelerator_config.split_batches = True
+    assert global_batch_size(args, TrainerState()) == 12
+    args.auto_find_batch_size = True
+    assert global_batch_size(args, TrainerState(train_batch_size=3)) == 6
 
 
 @pytest.mark.parametrize(

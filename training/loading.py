@@ -47,6 +47,8 @@ def load_model(
         if getattr(args, "hf_deepspeed_config", None) is not None:
             set_hf_deepspeed_config(args.hf_deepspeed_config)
         name = start
+    elif model_args.init_latents_from is not None:
+        logger.warning(f"`--init_latents_from` is not used: {name} has thought tokens already.")
     # Only DeepSpeed keeps the weights in float32 beside a bfloat16 model; in plain bfloat16 small updates are lost.
     # Beside 4 bits they may be bfloat16 if they are frozen: peft keeps adapters and rows in float32.
     is_frozen = kind.load_in_4bit and kind.lora_embeddings == "rows"

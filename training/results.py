@@ -17,6 +17,7 @@ from ..data_multicoco import StageDataset
 from ..evaluation.intervals import wilson_interval
 from ..evaluation.metric import load_metric
 from ..processing_multicoco import MultiCoCoProcessor
+from ..trainer_callbacks import global_batch_size
 from .arguments import ModelArguments, Settings
 from .memory import PARTS, estimate_memory, worst_batches
 from .trainer import SPEED, StageTrainer
@@ -124,9 +125,7 @@ def write_settings(given: Settings, trainer: StageTrainer) -> None:
         "samples": len(trainer.train_dataset),
         "epochs": state.epoch,
         "optimizer_steps": state.global_step,
-        "global_batch_size": (state.train_batch_size or args.train_batch_size)  # found, if it was to be found
-        * args.world_size
-        * args.gradient_accumulation_steps,
+        "global_batch_size": global_batch_size(args, state),
         "hub_model_id": trainer.hub_model_id,
     }
     (Path(str(args.output_dir)) / "settings.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")

@@ -27,7 +27,13 @@ from transformers.utils import logging
 from ..compat import is_sharded, put_first, set_scheduler, world_size
 from ..curriculum import CurriculumArguments, setting
 from ..data_multicoco import StageDataset
-from ..trainer_callbacks import AnswerCallback, CurriculumCallback, StageComparisonCallback, check_devices
+from ..trainer_callbacks import (
+    AnswerCallback,
+    CurriculumCallback,
+    StageComparisonCallback,
+    check_devices,
+    global_batch_size,
+)
 from .trackers import report_answers
 
 
@@ -568,7 +574,8 @@ class StageTrainer(Trainer):
     def plan(self) -> RunPlan:
         """The stages and the learning rate of a training, without beginning one."""
         values = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        per_epoch, batch_size, max_steps = values[1], values[4], values[6]
+        per_epoch, max_steps = values[1], values[6]
+        batch_size = global_batch_size(self.args, self.state)
         stages = []
         numbers = range(math.ceil(max_steps / per_epoch))
         for stage, epochs in groupby(numbers, self.curriculum.stage):
