@@ -53,8 +53,7 @@ OF_FILES = ("train_file", "train_weights", "model_name_or_path")  # all of these
 def global_batch_size(args: TrainingArguments, state: TrainerState) -> int:
     """Samples of an optimizer step, of all ranks, which share a batch with `split_batches`."""
     found = state.train_batch_size if args.auto_find_batch_size else None
-    config: Any = args.accelerator_config
-    ranks = 1 if config.split_batches else args.world_size
+    ranks = 1 if getattr(args.accelerator_config, "split_batches", False) else args.world_size
     return (found or args.train_batch_size) * args.gradient_accumulation_steps * ranks
 
 

@@ -262,10 +262,13 @@ def logged(model, results):
 def run(name: str, folder: Path, plan: dict) -> dict:
     strategy, results = STRATEGIES[name](folder), {}
     with widened() if strategy.dtype == torch.float64 else contextlib.nullcontext():
-        with logged(strategy.model, results) if name == "ddp" else contextlib.nullcontext():
-            for step, num_labels in plan["steps"].items():
-                strategy.model.config.thought_sweeps = plan["sweeps"].get(step)
-                train(strategy, folder, step, num_labels, False, results)
+        for is_decoded in (True, False):  # the callback that logs step losses asks each batch for its texts
+            steps = {step: count for step, count in plan["steps"].items() if (step in plan["decoded"]) == is_decoded}
+            is_logged = name == "ddp" and is_decoded
+            with logged(strategy.model, results) if is_logged else contextlib.nullcontext():
+                for step, num_labels in steps.items():
+                    strategy.model.config.thought_sweeps = plan["sweeps"].get(step)
+                    train(strategy, folder, step, num_labels, False, results)
         for step, num_labels in plan["steps"].items():
             strategy.model.config.thought_sweeps = plan["sweeps"].get(step)
             evaluate(strategy, folder, step, num_labels, results)

@@ -127,6 +127,7 @@ class Workspace:
         self.checkpoints = {"grown": CHECKPOINT, "padded": folder / "padded"}
         plan = {
             "steps": {name: sum(self.num_labels(name)) for name in STEPS},
+            "decoded": [name for name in STEPS if all("step_ids" in batch for batch in self.batches[name])],
             "sweeps": SWEEPS,
             "prompts": {name: settings for name, (_, settings) in PROMPTS.items()},
             "seconds": CLOCKS,
