@@ -407,16 +407,26 @@ def test_rates_start_again_where_stages_begin_however_steps_are_counted(folder):
     assert [step for step in range(1, len(rates)) if rates[step] > rates[step - 1]] == [8, 12]
 
 
-def test_rates_follow_the_stages_of_a_batch_size_that_was_found(folder, monkeypatch):
-    """Batches of 8 do not fit, as it seems; accelerate tries 7: 4 steps an epoch, not 3."""
+def run_out_of_memory(monkeypatch, at):
+    """The step of this number, from 1 and over all tries, does not fit."""
     begun = []
 
-    def runs_out_of_memory(self, args, state, control, **kwargs):
+    def begin(self, args, state, control, **kwargs):
         begun.append(state.global_step)
-        if len(begun) == 1:
+        if len(begun) == at:
             raise RuntimeError("CUDA out of memory.")
 
-    monkeypatch.setattr(train.CompletionCallback, "on_step_begin", runs_out_of_memory)
+    monkeypatch.setattr(train.CompletionCallback, "on_step_begin", begin)
+
+
+def test_a_start_of_thought_tokens_that_are_there_is_named_as_unused(folder, caplog):
+    run_here(folder, "unused", "--init_latents_from", "a", "--max_steps", "1", "--answer_every", "end")
+    assert "`--init_latents_from` is not used" in caplog.text
+
+
+def test_rates_follow_the_stages_of_a_batch_size_that_was_found(folder, monkeypatch):
+    """Batches of 8 do not fit, as it seems; accelerate tries 7: 4 steps an epoch, not 3."""
+    run_out_of_memory(monkeypatch, at=1)
     out = run_here(folder, "found", "--auto_find_batch_size", "--answer_every", "end")
     rates = [entry["learning_rate"] for entry in history(out)]
     assert starts_of_stages(history(out)) == [8, 12]
@@ -426,14 +436,7 @@ def test_rates_follow_the_stages_of_a_batch_size_that_was_found(folder, monkeypa
 
 def test_a_batch_size_is_not_found_with_weights_that_are_trained_already(folder, monkeypatch):
     """As where the thoughts of a later stage need more memory: the run began anew, but not the model."""
-    begun = []
-
-    def runs_out_of_memory(self, args, state, control, **kwargs):
-        begun.append(state.global_step)
-        if len(begun) == 3:
-            raise RuntimeError("CUDA out of memory.")
-
-    monkeypatch.setattr(train.CompletionCallback, "on_step_begin", runs_out_of_memory)
+    run_out_of_memory(monkeypatch, at=3)
     with pytest.raises(ValueError, match="Memory ran out after step 2.*`--per_device_train_batch_size 7` or less"):
         run_here(folder, "found_late", "--auto_find_batch_size", "--answer_every", "end")
     assert not (folder / "found_late" / "model.safetensors").exists()
